@@ -1,0 +1,159 @@
+"""Matrices as operators: what the randomised algorithms need to know of A, and no more."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+__all__ = ["DenseOperator", "MatrixOperator", "as_operator"]
+
+# Elements of a tile that is cast to float32: 4 MiB, small beside a gradient and large enough for a fast product.
+_TILE_ELEMENTS = 2**20
+_MIN_TILE = 64
+
+
+class MatrixOperator(ABC):
+    """A batch of m×n matrices A that can be multiplied from both sides.
+
+    Products are taken and returned in the wider of the two dtypes: a bfloat16 matrix times a float32 factor is a
+    float32 product, a bfloat16 matrix times a bfloat16 factor a bfloat16 product.
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """Shape (..., m, n)."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the entries."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Device of the entries, and of the results."""
+
+    @abstractmethod
+    def matmul(self, X: Tensor) -> Tensor:
+        """AX of shape (..., m, k) for X of shape (..., n, k)."""
+
+    @abstractmethod
+    def rmatmul(self, X: Tensor) -> Tensor:
+        """AᵀX of shape (..., n, k) for X of shape (..., m, k)."""
+
+    @abstractmethod
+    def amax(self) -> Tensor:
+        """Largest |entry| of each matrix, shape (...); NaN or infinite exactly if an entry is."""
+
+    @abstractmethod
+    def to_dense(self) -> Tensor:
+        """A as a tensor of shape (..., m, n)."""
+
+
+class DenseOperator(MatrixOperator):
+    """A tensor as an operator; transposed and other non-contiguous views are used as they are, without a copy.
+
+    A half-precision A times a float32 factor is computed in tiles of A, cut along the outer dimension in memory, so
+    that A is never cast to float32 as a whole.
+
+    Args:
+        A: (..., m, n), floating-point, at least one row and one column.
+
+    Raises:
+        TypeError: if A is not a floating-point tensor.
+        ValueError: if A is not at least 2-D or has no entries in a matrix.
+
+    Example:
+        >>> DenseOperator(torch.eye(3)).rmatmul(torch.ones(3, 1)).mT
+        tensor([[1., 1., 1.]])
+    """
+
+    def __init__(self, A: Tensor) -> None:
+        if not isinstance(A, Tensor) or not A.is_floating_point():
+            found = f"a tensor of {A.dtype}" if isinstance(A, Tensor) else f"{type(A).__name__}"
+            raise TypeError(f"a floating-point tensor or a MatrixOperator is needed, got {found}")
+        if A.ndim < 2 or 0 in A.shape[-2:]:
+            raise ValueError(
+                f"a matrix or a batch of matrices (..., m, n) with m, n >= 1 is needed, got {tuple(A.shape)}"
+            )
+        self._A = A.detach()
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape (..., m, n)."""
+        return self._A.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the entries."""
+        return self._A.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the entries, and of the results."""
+        return self._A.device
+
+    @torch.no_grad()
+    def matmul(self, X: Tensor) -> Tensor:
+        """AX of shape (..., m, k) for X of shape (..., n, k)."""
+        return _product(self._A, X)
+
+    @torch.no_grad()
+    def rmatmul(self, X: Tensor) -> Tensor:
+        """AᵀX of shape (..., n, k) for X of shape (..., m, k)."""
+        return _product(self._A.mT, X)
+
+    @torch.no_grad()
+    def amax(self) -> Tensor:
+        """Largest |entry| of each matrix, shape (...); NaN or infinite exactly if an entry is."""
+        # Two reductions instead of one over |A|, which would be an m×n temporary.
+        return torch.maximum(self._A.amax(dim=(-2, -1)), -self._A.amin(dim=(-2, -1)))
+
+    def to_dense(self) -> Tensor:
+        """A itself."""
+        return self._A
+
+
+def as_operator(A: Tensor | MatrixOperator) -> MatrixOperator:
+    """A as an operator: a tensor is wrapped, an operator is returned as it is.
+
+    Args:
+        A: tensor (..., m, n) or operator.
+
+    Returns:
+        The operator.
+
+    Raises:
+        TypeError: if A is neither an operator nor a floating-point tensor.
+        ValueError: if A is a tensor that is not a batch of non-empty matrices.
+
+    Example:
+        >>> as_operator(torch.ones(2, 3)).shape
+        torch.Size([2, 3])
+    """
+    return A if isinstance(A, MatrixOperator) else DenseOperator(A)
+
+
+def tiles(A: Tensor, dim: int) -> Iterator[slice]:
+    """Slices that cut dimension ``dim`` of A into tiles of about 4 MiB in float32."""
+    size = A.shape[dim]
+    step = max(_MIN_TILE, _TILE_ELEMENTS * size // max(A.numel(), 1))
+    return (slice(start, min(start + step, size)) for start in range(0, size, step))
+
+
+def _product(A: Tensor, X: Tensor) -> Tensor:
+    dtype = torch.promote_types(A.dtype, X.dtype)
+    X = X.to(dtype)
+    if A.dtype == dtype:
+        return A @ X
+    # A tile should be one piece of memory: rows of a row-major matrix, columns of a transposed view.
+    if A.stride(-2) >= A.stride(-1):
+        return torch.cat([A[..., rows, :].to(dtype) @ X for rows in tiles(A, -2)], dim=-2)
+    out = torch.zeros((), dtype=dtype, device=A.device)
+    for columns in tiles(A, -1):
+        out = out + A[..., columns].to(dtype) @ X[..., columns, :]
+    return out
