@@ -106,10 +106,9 @@ def range_finder(
     eigenvalues, X = eigenvalues.flip(-1)[..., :rank], X.flip(-1)[..., :rank]
     Q = Q @ X
     signs = canonical_signs(Q)
-    X = X * signs
     return RangeFinderResult(
         basis=Q * signs,
-        projected=X.mT @ B / scale,
+        projected=(X * signs / scale).mT @ B,
         singular_values=eigenvalues.clamp_min(0).sqrt() / scale.squeeze(-1),
     )
 
