@@ -1,0 +1,1 @@
+"""What every registered optimizer has to satisfy; the tests take their methods from the registry."""
