@@ -1,0 +1,90 @@
+"""Keys of a parameter group: aliases, defaults and checks."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from torch import Tensor
+
+from subspan.optim.matrix import PROJ_TYPES
+from subspan.optim.method import Group, Method
+
+ALIASES = {"alpha": "scale", "projection_type": "proj_type"}
+# Keys that torch, its schedulers and users put into groups beside the settings of a method.
+BOOKKEEPING = frozenset({"params", "param_names", "initial_lr", "max_lr", "min_lr", "lr_scale", "name"})
+# Keys that decide the shape of the state: they must agree between a checkpoint and the optimizer that loads it.
+STRUCTURAL = ("rank", "density", "proj_type")
+
+
+def is_projected(group: Group) -> bool:
+    """Whether the matrices of this group are projected."""
+    return group.get("rank") is not None or group.get("density") is not None
+
+
+def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A copy of ``group`` with aliases resolved and ``lr_scale`` multiplied into its learning rate.
+
+    Raises:
+        ValueError: an unknown key, or an alias beside the key that it stands for.
+        TypeError: ``group`` is not a dict.
+    """
+    if not isinstance(group, dict):
+        raise TypeError(f"a parameter group must be a dict, not {type(group).__name__}")
+    complete: dict[str, Any] = {}
+    for key, value in group.items():
+        name = ALIASES.get(key, key) if key not in defaults else key
+        if name not in defaults and name not in BOOKKEEPING:
+            close = difflib.get_close_matches(key, [*defaults, *ALIASES], n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"unknown key {key!r} in a parameter group{hint} Allowed: {', '.join(sorted(defaults))}")
+        if name in complete:
+            raise ValueError(f"a parameter group has both {name!r} and its alias")
+        complete[name] = value
+    factor = complete.setdefault("lr_scale", 1.0)
+    if factor != 1.0:
+        complete["lr"] = complete.get("lr", defaults["lr"]) * factor
+    return complete
+
+
+def check_group(group: Group, method: Method) -> None:
+    """Check the values of a complete group.
+
+    Raises:
+        ValueError: naming the key, its value and what is allowed.
+    """
+
+    def demand(good: bool, key: str, allowed: str) -> None:
+        if not good:
+            raise ValueError(f"{method.name}: {key}={group[key]!r} is not allowed; it must be {allowed}")
+
+    def number(key: str, low: float, allowed: str) -> None:
+        if key in group:
+            value = group[key]
+            demand(not isinstance(value, bool) and isinstance(value, (int, float)) and value >= low, key, allowed)
+
+    lr = group["lr"]
+    demand(not isinstance(lr, Tensor) or lr.numel() == 1, "lr", "a number or a tensor with one element")
+    demand(float(lr) >= 0.0, "lr", "a number >= 0")
+    demand(group["lr_scale"] >= 0.0, "lr_scale", "a number >= 0")
+    for key in ("eps", "weight_decay", "sign_scale"):
+        number(key, 0.0, "a number >= 0")
+    number("limiter", 1.0, "a number >= 1")
+    number("scale", 0.0, "a number >= 0")
+    number("golore_after", 0, "a step >= 0")
+    if "betas" in group:
+        betas = group["betas"]
+        demand(len(betas) == 2 and all(0.0 <= float(beta) < 1.0 for beta in betas), "betas", "two numbers in [0, 1)")
+    if not method.projects:
+        return
+    gap, rank, density = group["update_proj_gap"], group["rank"], group.get("density")
+    demand(_is_count(gap), "update_proj_gap", "an integer >= 1")
+    demand(group["proj_type"] in PROJ_TYPES, "proj_type", f"one of {', '.join(PROJ_TYPES)}")
+    demand(rank is None or _is_count(rank), "rank", "an integer >= 1, or None for a dense group")
+    if density is not None:
+        demand(0.0 <= density <= 1.0, "density", "a number in [0, 1], or None for a dense group")
+        demand(rank is None, "rank", "None where a density is given")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

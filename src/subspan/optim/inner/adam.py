@@ -1,0 +1,79 @@
+"""Adam inside the subspace."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from subspan.optim.method import Group, Inner, State
+from subspan.state import StateSpec
+
+
+@dataclass(frozen=True)
+class Adam(Inner):
+    """Adam (arXiv 1412.6980): U = M/(1−β1ᵗ) / (√(V/(1−β2ᵗ)) + ε).
+
+    Args:
+        eps_placement: ``"after"``: ε is added after bias correction, as above. ``"before"``: before it,
+            U = √(1−β2ᵗ)/(1−β1ᵗ) · M/(√V + ε), as galore-torch, Fira's and APOLLO's code do; ε is then in effect
+            divided by √(1−β2ᵗ).
+    """
+
+    eps_placement: Literal["after", "before"] = "after"
+
+    def __post_init__(self) -> None:
+        if self.eps_placement not in ("after", "before"):
+            raise ValueError(f"eps_placement={self.eps_placement!r}: choose 'after' or 'before'")
+
+    def specs(self, shape: tuple[int, ...], dtype: torch.dtype, group: Group) -> dict[str, StateSpec]:
+        return {"exp_avg": StateSpec(shape, dtype, moment=1), "exp_avg_sq": StateSpec(shape, dtype, moment=2)}
+
+    def direction(self, R: Tensor, state: State, age: int, group: Group) -> Tensor:
+        # Applied to zero with learning rate −1, the fused kernel leaves the direction itself: one pass over R, M and V.
+        U = torch.zeros_like(R)
+        self._fused(U, R, state, age, group, lr=-1.0)
+        return U
+
+    def correction(self, age: int, group: Group) -> float:
+        beta1, beta2 = group["betas"]
+        return math.sqrt(1.0 - beta2**age) / (1.0 - beta1**age)
+
+    def step_dense(
+        self, W: Tensor, G: Tensor, state: State, age: int, group: Group, *, beta: float, alpha: float
+    ) -> bool:
+        # The kernel walks memory: all its tensors must have one dtype and one layout.
+        if not W.dtype == G.dtype == state["exp_avg"].dtype:
+            return False
+        if not W.is_contiguous() or not G.is_contiguous():
+            return False
+        # The decoupled decay of the kernel is the factor (1 − lr·weight_decay): one pass over W for both.
+        self._fused(W, G, state, age, group, lr=-alpha, weight_decay=(1.0 - beta) / -alpha if beta != 1.0 else 0.0)
+        return True
+
+    def _fused(
+        self, W: Tensor, G: Tensor, state: State, age: int, group: Group, *, lr: float, weight_decay: float = 0.0
+    ) -> None:
+        beta1, beta2 = group["betas"]
+        eps = group["eps"]
+        if self.eps_placement == "before":
+            eps /= math.sqrt(1.0 - beta2**age)
+        step = torch.full((), float(age), dtype=torch.float32, device=W.device)
+        torch._fused_adamw_(
+            [W],
+            [G],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [step],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=lr,
+            weight_decay=weight_decay,
+            eps=eps,
+            maximize=False,
+        )

@@ -1,0 +1,87 @@
+"""GaLore."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+from subspan.optim.inner import Adam
+from subspan.optim.lift import ProjectBack
+from subspan.optim.method import Inner, Method
+from subspan.optim.optimizer import LowRankOptimizer, Params
+from subspan.optim.refresh import EveryGap
+from subspan.optim.subspace import gradient_subspace
+from subspan.optim.transport import Keep
+
+
+class GaLore(LowRankOptimizer):
+    """GaLore: Adam on R = QᵀG, where Q spans the leading singular directions of a recent gradient.
+
+    W <- (1 − lr·wd)·W − lr·scale·Q·Adam(QᵀG); Q is chosen anew every ``update_proj_gap`` steps, the moments are kept.
+
+    Args:
+        params: a model (with ``rank=...``), groups from `param_groups`, or GaLore's own group dicts.
+        lr: learning rate.
+        betas, eps, weight_decay: of Adam.
+        update_proj_gap: steps between refreshes.
+        scale: factor on the projected step (α in the paper).
+        proj_type: side that is projected: ``"std"`` (the short one), ``"reverse_std"``, ``"left"``, ``"right"``.
+        svd: ``"randomized"``: a fresh Gaussian sketch, rotated to singular directions; ``"exact"``: the paper's SVD.
+        stagger: spread refreshes over the period; the paper refreshes all matrices at once (False).
+        inner: the optimizer inside; Adam by default.
+        eps_placement: see `Adam`; galore-torch adds ε ``"before"`` bias correction.
+        decay: ``"before"`` the update, or ``"after"`` it as galore-torch does.
+        seed, nonfinite: see `LowRankOptimizer`.
+        **grouping: with a model: settings of `param_groups` such as ``rank`` and ``target_modules``.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(64, 32)
+        >>> optimizer = GaLore(model, lr=1e-2, rank=4)
+        >>> model(torch.randn(8, 64)).square().mean().backward()
+        >>> optimizer.step()
+
+    Source: arXiv 2403.03507.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        update_proj_gap: int = 200,
+        scale: float = 0.25,
+        proj_type: str = "std",
+        svd: Literal["randomized", "exact"] = "randomized",
+        stagger: bool = True,
+        inner: Inner | None = None,
+        eps_placement: Literal["after", "before"] = "after",
+        decay: Literal["before", "after"] = "before",
+        seed: int = 0,
+        nonfinite: Literal["skip", "raise"] = "skip",
+        **grouping: Any,
+    ) -> None:
+        method = Method(
+            "galore",
+            subspace=gradient_subspace(svd),
+            refresh=EveryGap(stagger),
+            transport=Keep(),
+            inner=inner or Adam(eps_placement),
+            lift=ProjectBack(),
+            decay=decay,
+        )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "rank": None,
+            "update_proj_gap": update_proj_gap,
+            "scale": scale,
+            "proj_type": proj_type,
+        }
+        super().__init__(params, method, defaults, seed=seed, nonfinite=nonfinite, grouping=grouping)

@@ -1,0 +1,442 @@
+"""The executor: the only holder of mutable optimizer state."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from subspan.linalg import DenseOperator, seeded_generator
+from subspan.optim import loading
+from subspan.optim.apply import apply_update
+from subspan.optim.buckets import Task, buckets, gather, scatter
+from subspan.optim.groups import check_group, complete_group, is_projected
+from subspan.optim.matrix import gradient_like, oriented, projects_right
+from subspan.optim.method import Geometry, Method, Roster, State, Step
+from subspan.optim.names import natural_key
+from subspan.optim.param_groups import param_groups
+from subspan.optim.projection import drop_round_off
+from subspan.optim.screen import Work, nonfinite_gradients
+from subspan.optim.table import ParameterRow, format_table
+from subspan.optim.tiling import tiles
+from subspan.state import StateSpec
+
+Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]] | nn.Module
+
+
+class LowRankOptimizer(torch.optim.Optimizer):
+    """Executes any `Method`: W <- (1 − lr·wd)·W − lr·D with D from the method's parts.
+
+    Args:
+        params: a model (then `param_groups` is called with ``grouping``), parameters, named parameters, or group dicts.
+            Groups with a ``rank`` (or ``density``) are projected; all others are dense.
+        method: the parts.
+        defaults: group keys with their defaults.
+        seed: of all random draws; together with a parameter's name and its refresh count it determines them.
+        nonfinite: what to do when a gradient holds NaN or Inf: ``"skip"`` leaves that parameter and its state alone,
+            warns once a parameter and counts in `skipped_steps`; ``"raise"`` raises before anything is changed.
+        grouping: settings for `param_groups`; only together with a model.
+
+    Raises:
+        ValueError: unknown or impossible settings; a projecting method with nothing to project.
+        TypeError: ``grouping`` without a model.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        method: Method,
+        defaults: dict[str, Any],
+        *,
+        seed: int = 0,
+        nonfinite: Literal["skip", "raise"] = "skip",
+        grouping: dict[str, Any] | None = None,
+    ) -> None:
+        if nonfinite not in ("skip", "raise"):
+            raise ValueError(f"nonfinite={nonfinite!r}: choose 'skip' or 'raise'")
+        if isinstance(params, nn.Module):
+            params = param_groups(params, **(grouping or {}))
+        elif grouping:
+            raise TypeError(
+                f"{type(self).__name__} takes {', '.join(sorted(grouping))} only together with a model, since plain "
+                "parameters do not tell embeddings from matrices: pass the model itself, the groups that "
+                "param_groups(model, rank=...) makes, or group dicts such as {'params': matrices, 'rank': 128}"
+            )
+        self.method = method
+        self.seed = seed
+        self.nonfinite = nonfinite
+        self.skipped_steps = 0
+        self._warned: set[str] = set()
+        self._bound: dict[str, Tensor] = {}
+        super().__init__(params, defaults)
+        if method.projects and not any(is_projected(group) for group in self.param_groups):
+            raise ValueError(
+                f"{method.name}: no parameter group has a rank, so nothing would be projected; pass a model, or groups "
+                "from param_groups(model, rank=...), or set 'rank' in a group dict"
+            )
+
+    # -- parameters and their declarations ---------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; its keys are checked, aliases resolved and ``lr_scale`` applied to its learning rate."""
+        param_group = complete_group(param_group, self.defaults)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_group(group, self.method)
+            for name, parameter in self._named(group):
+                if is_projected(group):
+                    self._geometry(name, parameter, group, refreshes=0)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _named(self, group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        if "param_names" in group:
+            yield from zip(group["param_names"], group["params"], strict=True)
+        else:
+            index = next(i for i, other in enumerate(self.param_groups) if other is group)
+            for position, parameter in enumerate(group["params"]):
+                yield f"{index}.{position}", parameter
+
+    def _roster(self) -> Roster:
+        """Names and sizes of all projected parameters."""
+        return tuple(
+            (name, parameter.numel())
+            for group in self.param_groups
+            if is_projected(group)
+            for name, parameter in self._named(group)
+            if parameter.ndim >= 2
+        )
+
+    def _geometry(self, name: str, parameter: Tensor, group: dict[str, Any], refreshes: int) -> Geometry | None:
+        """Oriented shape and rank of a parameter; None when it is dense."""
+        if not is_projected(group) or parameter.ndim < 2:
+            return None
+        assert self.method.subspace is not None
+        right = self._right(parameter, group)
+        *batch, m, n = oriented(parameter, right).shape
+        rank = self.method.subspace.rank(m, group, name=name, refreshes=refreshes, roster=self._roster())
+        return Geometry(tuple(batch), m, n, rank, _state_dtype(parameter))
+
+    @staticmethod
+    def _right(parameter: Tensor, group: dict[str, Any]) -> bool:
+        rows, columns = oriented(parameter, right=False).shape[-2:]
+        return projects_right(rows, columns, group["proj_type"])
+
+    def _specs(self, name: str, parameter: Tensor, group: dict[str, Any], refreshes: int) -> dict[str, StateSpec]:
+        geometry = self._geometry(name, parameter, group, refreshes)
+        return self.method.specs(geometry, parameter.shape, _state_dtype(parameter), group)
+
+    def _refreshes(self, parameter: Tensor) -> int:
+        state = self.state.get(parameter, {})
+        return int(state["refreshes"]) if "refreshes" in state else 0
+
+    def declared_state(self, parameter: Tensor) -> dict[str, StateSpec]:
+        """Declarations of the state that ``parameter`` has, or will have once it is stepped.
+
+        Raises:
+            KeyError: the parameter is not in this optimizer.
+        """
+        for group in self.param_groups:
+            for name, candidate in self._named(group):
+                if candidate is parameter:
+                    return self._specs(name, parameter, group, self._refreshes(parameter))
+        raise KeyError("this parameter is not in the optimizer")
+
+    def planned_state_bytes(self) -> dict[str, int]:
+        """Bytes of optimizer state by key for all trainable parameters, computed from the declarations alone."""
+        total: Counter[str] = Counter()
+        for group in self.param_groups:
+            for name, parameter in self._named(group):
+                if parameter.requires_grad:
+                    for key, spec in self._specs(name, parameter, group, self._refreshes(parameter)).items():
+                        total[key] += spec.nbytes
+        return dict(total)
+
+    def state_bytes(self) -> dict[str, int]:
+        """Bytes of optimizer state by key that are allocated now, whole storages counted."""
+        total: Counter[str] = Counter()
+        for state in self.state.values():
+            for key, tensor in state.items():
+                total[key] += tensor.untyped_storage().nbytes()
+        return dict(total)
+
+    def rows(self) -> list[ParameterRow]:
+        """One row for each parameter: what is projected, at which rank, and its state bytes."""
+        rows = []
+        for group in self.param_groups:
+            for name, parameter in self._named(group):
+                refreshes = self._refreshes(parameter)
+                geometry = self._geometry(name, parameter, group, refreshes)
+                specs = self._specs(name, parameter, group, refreshes) if parameter.requires_grad else {}
+                rows.append(
+                    ParameterRow(
+                        name=name,
+                        shape=tuple(parameter.shape),
+                        rank=None if geometry is None else geometry.rank,
+                        side="-" if geometry is None else ("right" if self._right(parameter, group) else "left"),
+                        lr=float(group["lr"]),
+                        weight_decay=group["weight_decay"],
+                        trainable=parameter.requires_grad,
+                        state_bytes=sum(spec.nbytes for spec in specs.values()),
+                    )
+                )
+        return rows
+
+    def table(self) -> str:
+        """Which tensors are projected, at which rank, on which side, with learning rates and state bytes, as text."""
+        return format_table(self.rows(), self.method.name)
+
+    def init_state(self) -> None:
+        """Allocate the state of every trainable parameter now; a step would do it lazily."""
+        self._rebind()
+        for group in self.param_groups:
+            for name, parameter in self._named(group):
+                if parameter.requires_grad:
+                    self._ensure_state(name, parameter, group)
+
+    def _ensure_state(self, name: str, parameter: Tensor, group: dict[str, Any]) -> State:
+        state = self.state[parameter]
+        if not state:
+            for key, spec in self._specs(name, parameter, group, refreshes=0).items():
+                state[key] = spec.allocate(parameter.device)
+        self._bound[name] = parameter
+        return state
+
+    def _rebind(self) -> None:
+        """Move state to the tensors that now stand under the same names: wrappers swap parameters but not state."""
+        for group in self.param_groups:
+            for name, parameter in self._named(group):
+                old = self._bound.get(name)
+                if old is not None and old is not parameter and parameter not in self.state and old in self.state:
+                    self.state[parameter] = self.state.pop(old)
+                    self._bound[name] = parameter
+
+    # -- the step ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Perform one step.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; run with gradients enabled.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            FloatingPointError: a gradient is not finite and ``nonfinite="raise"``; nothing was changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._rebind()
+        tasks: list[Task] = []
+        for name, parameter, group in self._finite():
+            task = self._prepare(name, parameter, group)
+            if task is not None:
+                tasks.append(task)
+        for bucket in buckets(tasks):
+            self._step_bucket(bucket)
+        return loss
+
+    def _finite(self) -> list[Work]:
+        """Parameters whose gradients exist and are finite; nothing has been changed when this returns or raises."""
+        work = [
+            (name, parameter, group)
+            for group in self.param_groups
+            for name, parameter in self._named(group)
+            if parameter.grad is not None and parameter.numel() > 0
+        ]
+        bad = nonfinite_gradients(work)
+        if bad and self.nonfinite == "raise":
+            raise FloatingPointError(f"{', '.join(bad[:5])}: the gradient holds NaN or Inf; nothing was changed")
+        for name in bad:
+            self.skipped_steps += 1
+            if name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(
+                    f"{name}: the gradient holds NaN or Inf; this parameter and its state are left alone in this step "
+                    "(counted in skipped_steps; shown once for each parameter)",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+        return [item for item in work if item[0] not in bad] if bad else work
+
+    def _prepare(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Task | None:
+        """Advance the clock of one parameter; step it when it is dense, else refresh its subspace if that is due."""
+        state = self._ensure_state(name, parameter, group)
+        previous = int(state["step"])
+        state["step"] += 1
+        geometry = self._geometry(name, parameter, group, self._refreshes(parameter))
+        assert parameter.grad is not None
+        gradient = gradient_like(parameter.grad, parameter)
+        if geometry is None:
+            self._step_dense(parameter, gradient, state, previous + 1, group)
+            return None
+        right = self._right(parameter, group)
+        projected = None
+        if previous >= int(state["next_refresh"]):
+            projected = self._refresh(name, parameter, oriented(gradient, right), group, previous)
+            geometry = self._geometry(name, parameter, group, self._refreshes(parameter))
+            assert geometry is not None
+        assert self.method.transport is not None
+        age = self.method.transport.age(state, previous + 1)
+        return Task(name, parameter, gradient, group, geometry, right, age, state, projected)
+
+    def _refresh(self, name: str, parameter: Tensor, G: Tensor, group: dict[str, Any], step: int) -> Tensor | None:
+        """Choose the subspace anew and carry the moments over; returns this step's projected gradient if known."""
+        method, state = self.method, self.state[parameter]
+        assert method.subspace is not None and method.refresh is not None and method.transport is not None
+        refreshes = self._refreshes(parameter)
+        geometry = self._geometry(name, parameter, group, refreshes + 1)
+        assert geometry is not None
+        specs = self._specs(name, parameter, group, refreshes + 1)
+        # A rank that changes with the refresh changes the state: what no longer fits starts from zero.
+        for key in [key for key in state if key not in specs]:
+            del state[key]
+        for key, spec in specs.items():
+            if key not in state or tuple(state[key].shape) != spec.shape:
+                state[key] = spec.allocate(parameter.device)
+        projected = None
+        new: State = {}
+        if 0 < geometry.rank < geometry.m:
+            generator = seeded_generator(self.seed, name, refreshes)
+            found = method.subspace.find(DenseOperator(G), geometry, generator=generator, step=step, group=group)
+            new, projected = found.tensors, found.projected
+        if refreshes > 0:
+            method.transport.carry(state, specs, new, step)
+        for key, tensor in new.items():
+            state[key].copy_(tensor)
+        state["refreshes"] += 1
+        phase = self._phase(name) if refreshes == 0 else 0.0
+        state["next_refresh"].fill_(method.refresh.next_refresh(step, refreshes == 0, phase, group))
+        return projected
+
+    def _phase(self, name: str) -> float:
+        """This parameter's place in the refresh period: the share of the work of all parameters before it by name."""
+        roster = sorted(self._roster(), key=lambda entry: natural_key(entry[0]))
+        total = sum(elements for _, elements in roster)
+        before = 0
+        for other, elements in roster:
+            if other == name:
+                return before / total
+            before += elements
+        raise KeyError(name)
+
+    def _step_dense(self, W: Tensor, G: Tensor, state: State, age: int, group: dict[str, Any]) -> None:
+        """The inner rule without projection."""
+        inner, (beta, alpha) = self.method.inner, self._factors(group)
+        if inner.step_dense(W, G, state, age, group, beta=beta, alpha=alpha):
+            return
+        dtype = _state_dtype(W)
+        moments = {key: state[key] for key in inner.specs(tuple(W.shape), dtype, group)}
+        if not W.is_contiguous():
+            U = inner.direction(G.to(dtype).contiguous(), moments, age, group)
+            W.copy_(W.to(dtype).mul_(beta).add_(U, alpha=alpha))
+            return
+        rows = W.shape[-1] if W.ndim > 1 else 1
+        W, G = W.view(-1, rows), G.reshape(-1, rows)
+        moments = {key: tensor.view(-1, rows) for key, tensor in moments.items()}
+        for tile in tiles(W):
+            out = tile.of(W)
+            part = {key: tile.of(tensor) for key, tensor in moments.items()}
+            U = inner.direction(tile.of(G).to(dtype).contiguous(), part, age, group)
+            out.copy_(out.to(dtype).mul(beta).add_(U, alpha=alpha))
+
+    def _step_bucket(self, bucket: list[Task]) -> None:
+        """One step of equal matrices: project, inner rule, lift, apply."""
+        first, method = bucket[0], self.method
+        assert method.subspace is not None and method.lift is not None
+        group, geometry = first.group, first.geometry
+        changed = [*method.moments(geometry, group), *method.lift.specs(geometry)]
+        tensors = {key: gather([task.state[key] for task in bucket]) for key in changed}
+        for key in method.subspace.specs(geometry) if geometry.projected else ():
+            tensors[key] = gather([self._subspace_tensor(task, key) for task in bucket])
+        parameters = [oriented(task.parameter, task.right) for task in bucket]
+        W = gather(parameters)
+        G = gather([oriented(task.gradient, task.right) for task in bucket])
+
+        projection = method.projection(tensors, geometry)
+        R = projection.project(G) if first.projected is None else drop_round_off(first.projected, G)
+        U = method.inner.direction(R, tensors, first.age, group) if geometry.rank > 0 else R
+        correction = method.inner.correction(first.age, group)
+        update = method.lift.lift(Step(G, R, U, projection, tensors, group, correction))
+        beta, alpha = self._factors(group)
+        apply_update(W, G, projection, update, beta=beta, alpha=alpha)
+
+        for key in changed:
+            scatter(tensors[key], [task.state[key] for task in bucket])
+        scatter(W, parameters)
+
+    def _subspace_tensor(self, task: Task, key: str) -> Tensor:
+        """A tensor of the subspace in force: from the state, or found again from the seed of the last refresh."""
+        subspace = self.method.subspace
+        assert subspace is not None
+        if subspace.stored:
+            return task.state[key]
+        generator = seeded_generator(self.seed, task.name, int(task.state["refreshes"]) - 1)
+        operator = DenseOperator(oriented(task.gradient, task.right))
+        found = subspace.find(operator, task.geometry, generator=generator, step=0, group=task.group)
+        return found.tensors[key]
+
+    def _factors(self, group: dict[str, Any]) -> tuple[float, float]:
+        """(beta, alpha) of W <- beta·W + alpha·D."""
+        lr = float(group["lr"])
+        beta = 1.0 - lr * group["weight_decay"]
+        return beta, -lr * (beta if self.method.decay == "after" else 1.0)
+
+    # -- saving and loading ------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """State, groups and the origin (method, seed, format) as tensors and plain values."""
+        self._rebind()
+        origin = {"method": self.method.name, "seed": self.seed, "schema": loading.SCHEMA}
+        return {**super().state_dict(), "subspan": origin}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; every tensor keeps its dtype, and nothing is changed when anything does not fit.
+
+        Parameters are matched by name where both sides have names. Settings of the groups (learning rates, betas, ...)
+        and the seed are taken from the checkpoint.
+
+        Raises:
+            ValueError: another method, rank, set of parameters or a newer format; the message says what differs.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            if replaced is not None:
+                state_dict = replaced
+        origin = loading.check_origin(state_dict, self.method.name)
+        saved_groups = state_dict["param_groups"]
+        loaded = loading.load_parameters(self.param_groups, saved_groups, state_dict["state"], self._specs)
+        groups = []
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            settings = {
+                key: copy.deepcopy(value) for key, value in saved.items() if key not in ("params", "param_names")
+            }
+            groups.append({**group, **settings})
+        state: defaultdict[Tensor, State] = defaultdict(dict)
+        state |= {parameter: tensors for parameter, tensors in loaded.values()}
+        self._bound = {name: parameter for name, (parameter, _) in loaded.items()}
+        if origin is not None:
+            self.seed = origin["seed"]
+        self.__setstate__({"state": state, "param_groups": groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("method", "seed", "nonfinite", "skipped_steps", "_warned", "_bound")
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
+
+
+def _state_dtype(parameter: Tensor) -> torch.dtype:
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32

@@ -1,0 +1,169 @@
+"""Divide a model's parameters into projected and dense groups."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from subspan.optim.names import canonical_name
+
+_NEVER = (nn.Embedding, nn.EmbeddingBag, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+
+
+def param_groups(
+    model: nn.Module,
+    rank: int | None = 128,
+    target_modules: str | Sequence[str] = "all-linear",
+    exclude: str | Sequence[str] = (),
+    lr_scale: float = 1.0,
+    other_lr_scale: float = 1.0,
+    weight_decay: float | None = None,
+    **settings: Any,
+) -> list[dict[str, Any]]:
+    """Parameter groups for a low-rank optimizer: the target matrices, the other matrices, and vectors.
+
+    ``"all-linear"`` targets the weights of linear layers (also Hugging Face's ``Conv1D``) and stacks of experts (3-D
+    parameters), without embeddings and without the output head, which are recognised by type and by identity of the
+    weight. Biases, norms and all that is not a target stay dense. A tied weight appears once.
+
+    Args:
+        model: the model; only parameters that require a gradient are grouped.
+        rank: number of directions; None leaves the target group without a rank (for dense methods and for settings
+            such as ``density``).
+        target_modules: ``"all-linear"``; a regular expression that has to match the whole name of a module or of a
+            parameter; or a list of strings, of which one has to be part of the name. Convolutions are targets only
+            when named.
+        exclude: the same, to leave modules dense.
+        lr_scale: factor on the learning rate of the targets.
+        other_lr_scale: factor on the learning rate of all other parameters.
+        weight_decay: of all matrices, targets or not; vectors (biases, norms) get 0. None leaves the optimizer's.
+        **settings: further keys of the target group (``scale``, ``update_proj_gap``, ``proj_type``, ...).
+
+    Returns:
+        Group dicts with named parameters; empty groups are left out.
+
+    Raises:
+        ValueError: a pattern that matches nothing, or no target at all.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(100, 16), nn.Linear(16, 32), nn.Linear(32, 16))
+        >>> [(sorted(g.keys() & {"rank"}), [name for name, _ in g["params"]]) for g in param_groups(model, rank=4)]
+        [(['rank'], ['1.weight', '2.weight']), ([], ['0.weight']), ([], ['1.bias', '2.bias'])]
+    """
+    forbidden = _head_and_embeddings(model)
+    wanted, unwanted = _Pattern(target_modules), _Pattern(exclude) if exclude else None
+    targets: list[tuple[str, nn.Parameter]] = []
+    others: list[tuple[str, nn.Parameter]] = []
+    vectors: list[tuple[str, nn.Parameter]] = []
+    # Every name of a tied weight is offered to the patterns, but the weight is taken once.
+    named = list(_owned(model))
+    seen: set[nn.Parameter] = set()
+    for name, module, parameter in named:
+        excluded = unwanted is not None and unwanted.matches(name)
+        if wanted.all_linear:
+            target = parameter not in forbidden and _is_linear(module, parameter)
+        else:
+            target = wanted.matches(name) and parameter.ndim >= 2 and not isinstance(module, _NEVER)
+        if parameter in seen or not parameter.requires_grad:
+            continue
+        seen.add(parameter)
+        entry = (canonical_name(name), parameter)
+        if target and not excluded:
+            targets.append(entry)
+        elif parameter.ndim >= 2:
+            others.append(entry)
+        else:
+            vectors.append(entry)
+    for pattern in (wanted, unwanted):
+        if pattern is not None:
+            pattern.check_used([name for name, _, _ in named])
+    if not targets:
+        raise ValueError(
+            f"target_modules={target_modules!r} selects no trainable matrix of {type(model).__name__}; "
+            "use 'all-linear', a regular expression or a list of parts of module names"
+        )
+    target_settings = dict(settings)
+    if rank is not None:
+        target_settings["rank"] = rank
+    decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+    groups = [
+        {"params": targets, "name": "targets", "lr_scale": lr_scale, **decay, **target_settings},
+        {"params": others, "name": "others", "lr_scale": other_lr_scale, **decay},
+        {"params": vectors, "name": "vectors", "lr_scale": other_lr_scale, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+class _Pattern:
+    """``all-linear``, a regular expression for whole names, or a list of parts of names."""
+
+    def __init__(self, pattern: str | Sequence[str]) -> None:
+        self.all_linear = pattern == "all-linear"
+        self.parts: list[str] = [] if isinstance(pattern, str) else list(pattern)
+        self.expression: re.Pattern[str] | None = None
+        if isinstance(pattern, str) and not self.all_linear:
+            try:
+                self.expression = re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+        self.used: set[str] = set()
+
+    def matches(self, name: str) -> bool:
+        module = name.rpartition(".")[0]
+        if self.expression is not None:
+            hit = bool(self.expression.fullmatch(module) or self.expression.fullmatch(name))
+            self.used |= {self.expression.pattern} if hit else set()
+            return hit
+        parts = [part for part in self.parts if part in name]
+        self.used.update(parts)
+        return bool(parts)
+
+    def check_used(self, names: Collection[str]) -> None:
+        patterns = self.parts if self.expression is None else [self.expression.pattern]
+        for pattern in patterns:
+            if pattern not in self.used:
+                words = {word for name in names for word in name.split(".") if not word.isdigit()}
+                close = difflib.get_close_matches(pattern, sorted(words), n=3)
+                hint = (
+                    f"; close to it: {', '.join(close)}" if close else f"; names look like {', '.join(list(names)[:3])}"
+                )
+                raise ValueError(f"the pattern {pattern!r} matches no module or parameter of the model{hint}")
+
+
+def _owned(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+    """Every parameter under each of its names, with the module that owns it."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            yield (f"{prefix}.{name}" if prefix else name), module, parameter
+
+
+def _head_and_embeddings(model: nn.Module) -> set[torch.Tensor]:
+    """Weights of embeddings, of what is tied to them, and of the output head."""
+    embeddings = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
+    weights: set[torch.Tensor] = {module.weight for module in embeddings}
+    vocabularies = {module.num_embeddings for module in embeddings if module.num_embeddings > 2}
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    if head is not None and getattr(head, "weight", None) is not None:
+        weights.add(head.weight)
+    elif vocabularies:
+        # A plain model says nothing of its head: a linear layer onto the largest vocabulary, after all others, is one.
+        linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        if linear and linear[-1].out_features == max(vocabularies):
+            weights.add(linear[-1].weight)
+    return weights
+
+
+def _is_linear(module: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether ``parameter`` is the matrix of a linear layer or a stack of expert matrices."""
+    if isinstance(module, (*_NEVER, *_CONVOLUTIONS)):
+        return False
+    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        return parameter.ndim == 2
+    return parameter.ndim == 3 and min(parameter.shape) > 1

@@ -1,0 +1,141 @@
+"""Projections P between a matrix (..., m, n) and its r directions (..., r, n)."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from subspan.linalg import DenseOperator
+from subspan.optim.tiling import Tile
+
+
+class Projection(ABC):
+    """A linear map R = Pᵀ G with its way back P R."""
+
+    @abstractmethod
+    def project(self, G: Tensor) -> Tensor:
+        """R = Pᵀ G in float32 (float64 for float64), contiguous, a tensor of its own or G itself."""
+
+    @abstractmethod
+    def back(self, R: Tensor, tile: Tile, like: Tensor) -> Tensor:
+        """One tile of P R; ``like`` is the tile's matrix (..., m, n), for its shape."""
+
+    @abstractmethod
+    def add_back_(self, W: Tensor, R: Tensor, *, beta: float, alpha: float) -> None:
+        """W <- beta·W + alpha·P R in place, for float32 or float64 ``W``."""
+
+
+class Identity(Projection):
+    """P = I: the rank has reached the projected side."""
+
+    def project(self, G: Tensor) -> Tensor:
+        return G.to(_compute_dtype(G)).contiguous()
+
+    def back(self, R: Tensor, tile: Tile, like: Tensor) -> Tensor:
+        return tile.of(R)
+
+    def add_back_(self, W: Tensor, R: Tensor, *, beta: float, alpha: float) -> None:
+        if beta != 1.0:
+            W.mul_(beta)
+        W.add_(R, alpha=alpha)
+
+
+class Linear(Projection):
+    """P = a dense matrix, stored or drawn from a seed; no claim about its columns."""
+
+    def __init__(self, basis: Tensor) -> None:
+        self.basis = basis
+
+    def project(self, G: Tensor) -> Tensor:
+        if G.dtype == self.basis.dtype:
+            return self.basis.mT @ G
+        return DenseOperator(G).rmatmul(self.basis).mT.contiguous()
+
+    def back(self, R: Tensor, tile: Tile, like: Tensor) -> Tensor:
+        if tile.dim == -2:
+            return tile.of(self.basis) @ R
+        return self.basis @ tile.of(R)
+
+    def add_back_(self, W: Tensor, R: Tensor, *, beta: float, alpha: float) -> None:
+        if W.ndim == 2:
+            W.addmm_(self.basis, R, beta=beta, alpha=alpha)
+        else:
+            flat = W.flatten(0, -3) if W.ndim > 3 else W
+            flat.baddbmm_(
+                self.basis.reshape(-1, *self.basis.shape[-2:]), R.reshape(-1, *R.shape[-2:]), beta=beta, alpha=alpha
+            )
+
+
+class Orthonormal(Linear):
+    """P = Q with orthonormal columns.
+
+    Rows of R that are round-off are set to zero: when rank(G) < r the surplus rows hold nothing else, and Adam would
+    turn them into full-size steps. A row is round-off when its norm is at most ``floor·‖R‖_F``; the floor is what the
+    accumulation leaves, eps(float32), or what rounding G to its dtype leaves in one direction out of m,
+    eps(G.dtype)/√m, whichever is larger.
+    """
+
+    def project(self, G: Tensor) -> Tensor:
+        return drop_round_off(super().project(G), G)
+
+
+def drop_round_off(R: Tensor, G: Tensor) -> Tensor:
+    """Set the rows of R = QᵀG that are round-off to zero, in place (see `Orthonormal`)."""
+    floor = max(torch.finfo(R.dtype).eps, torch.finfo(G.dtype).eps / math.sqrt(G.shape[-2]))
+    norms = torch.linalg.vector_norm(R, dim=-1, keepdim=True)
+    keep = norms > floor * torch.linalg.vector_norm(norms, dim=-2, keepdim=True)
+    # On a CPU asking is cheaper than the multiplication; on a device it would wait for the stream.
+    if R.device.type != "cpu" or not bool(keep.all()):
+        R.mul_(keep)
+    return R
+
+
+class Selection(Projection):
+    """P = r columns of the identity: R is r rows of G."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def _index(self, n: int) -> Tensor:
+        return self.rows.unsqueeze(-1).expand(*self.rows.shape, n)
+
+    def project(self, G: Tensor) -> Tensor:
+        return G.gather(-2, self._index(G.shape[-1])).to(_compute_dtype(G)).contiguous()
+
+    def back(self, R: Tensor, tile: Tile, like: Tensor) -> Tensor:
+        if tile.dim == -1:
+            R = tile.of(R)
+            out = R.new_zeros(*R.shape[:-2], like.shape[-2], R.shape[-1])
+            return out.scatter_(-2, self._index(R.shape[-1]), R)
+        # One row more than the tile takes what lies outside it, so that no stack needs masks of different lengths.
+        inside = (self.rows >= tile.start) & (self.rows < tile.start + tile.length)
+        rows = torch.where(inside, self.rows - tile.start, tile.length)
+        out = R.new_zeros(*R.shape[:-2], tile.length + 1, R.shape[-1])
+        out.scatter_(-2, rows.unsqueeze(-1).expand(*rows.shape, R.shape[-1]), R)
+        return out.narrow(-2, 0, tile.length)
+
+    def add_back_(self, W: Tensor, R: Tensor, *, beta: float, alpha: float) -> None:
+        if beta != 1.0:
+            W.mul_(beta)
+        W.scatter_add_(-2, self._index(R.shape[-1]), R * alpha)
+
+
+class Nothing(Projection):
+    """Rank 0: no direction is kept."""
+
+    def project(self, G: Tensor) -> Tensor:
+        return G.new_zeros(*G.shape[:-2], 0, G.shape[-1], dtype=_compute_dtype(G))
+
+    def back(self, R: Tensor, tile: Tile, like: Tensor) -> Tensor:
+        return torch.zeros((), dtype=R.dtype, device=R.device)
+
+    def add_back_(self, W: Tensor, R: Tensor, *, beta: float, alpha: float) -> None:
+        if beta != 1.0:
+            W.mul_(beta)
+
+
+def _compute_dtype(G: Tensor) -> torch.dtype:
+    return torch.float64 if G.dtype == torch.float64 else torch.float32

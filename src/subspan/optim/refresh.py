@@ -1,0 +1,24 @@
+"""When is the subspace chosen anew?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from subspan.optim.method import Group, Refresh
+
+
+@dataclass(frozen=True)
+class EveryGap(Refresh):
+    """Every ``update_proj_gap`` steps, the first step included (GaLore, arXiv 2403.03507).
+
+    Args:
+        stagger: spread the refreshes of the parameters over the period, weighted by their cost, so that no step pays
+            for all of them. Every parameter gets its first basis at its first step; its second comes within the first
+            period at its own place, later ones every ``update_proj_gap`` steps. False: all at once, as the papers do.
+    """
+
+    stagger: bool = True
+
+    def next_refresh(self, step: int, first: bool, phase: float, group: Group) -> int:
+        gap = group["update_proj_gap"]
+        return step + (1 + int(phase * gap) if first and self.stagger else gap)

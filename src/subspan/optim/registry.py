@@ -1,0 +1,101 @@
+"""All methods by name."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from subspan.optim.methods.adamw import AdamW
+from subspan.optim.methods.apollo import APOLLO, APOLLOMini
+from subspan.optim.methods.fira import Fira
+from subspan.optim.methods.frugal import FRUGAL
+from subspan.optim.methods.galore import GaLore
+from subspan.optim.methods.golore import GoLore
+from subspan.optim.optimizer import LowRankOptimizer, Params
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One method.
+
+    Args:
+        name: registry name.
+        optimizer: its class.
+        title: the paper's spelling.
+        arxiv: number of the paper.
+        summary: one line.
+        size: group key that says how much is projected; None for a dense method.
+        default_size: the paper's value of it for a model of usual size; None: about a quarter of the hidden size.
+    """
+
+    name: str
+    optimizer: type[LowRankOptimizer]
+    title: str
+    arxiv: str
+    summary: str
+    size: Literal["rank", "density"] | None = "rank"
+    default_size: float | None = None
+
+
+_METHODS = {
+    info.name: info
+    for info in (
+        MethodInfo("adamw", AdamW, "AdamW", "1711.05101", "full-rank baseline, through the same executor", size=None),
+        MethodInfo("galore", GaLore, "GaLore", "2403.03507", "Adam in a low-rank subspace of the gradient"),
+        MethodInfo("golore", GoLore, "GoLore", "2410.11289", "GaLore with random subspaces, late or throughout"),
+        MethodInfo("fira", Fira, "Fira", "2410.01623", "GaLore plus the scaled rest of the gradient"),
+        MethodInfo("apollo", APOLLO, "APOLLO", "2412.05270", "the gradient scaled by channel from a random sketch"),
+        MethodInfo(
+            "apollo_mini", APOLLOMini, "APOLLO-Mini", "2412.05270", "the gradient scaled as a whole, at rank 1",
+            default_size=1,
+        ),
+        MethodInfo(
+            "frugal", FRUGAL, "FRUGAL", "2411.07837", "Adam in a part of the space, sign descent in the rest",
+            size="density", default_size=0.25,
+        ),
+    )
+}  # fmt: skip
+
+
+def list_methods() -> list[str]:
+    """Names of all methods.
+
+    >>> "galore" in list_methods()
+    True
+    """
+    return list(_METHODS)
+
+
+def method_info(name: str) -> MethodInfo:
+    """What the registry knows of a method.
+
+    Raises:
+        ValueError: no method has this name; the message lists the names.
+    """
+    if name not in _METHODS:
+        close = difflib.get_close_matches(name.lower().replace("-", "_"), _METHODS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown method {name!r}{hint} Allowed: {', '.join(_METHODS)}")
+    return _METHODS[name]
+
+
+def create_optimizer(name: str, params: Params, **settings: Any) -> LowRankOptimizer:
+    """The optimizer of a method.
+
+    Args:
+        name: one of `list_methods`.
+        params: a model, groups from `param_groups`, or what its class takes.
+        **settings: settings of its class.
+
+    Raises:
+        ValueError: an unknown name.
+        TypeError: a setting that the class does not have.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 64), torch.nn.Linear(64, 32))
+        >>> create_optimizer("galore", model, rank=8, lr=1e-2).method.name
+        'galore'
+    """
+    return method_info(name).optimizer(params, **settings)  # type: ignore[arg-type]

@@ -1,0 +1,40 @@
+"""Look at gradients before anything is changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Work = tuple[str, Tensor, dict[str, Any]]
+
+
+def nonfinite_gradients(work: list[Work]) -> list[str]:
+    """Names of the parameters whose gradients hold NaN or Inf.
+
+    A sum over all elements shows NaN and Inf at the price of one read, and all sums reach the host together; only where
+    a sum is not finite, which an overflow also causes, are the elements looked at.
+
+    Args:
+        work: (name, parameter with a gradient, group).
+
+    Raises:
+        ValueError: a sparse, complex or integer gradient, or a sharded parameter.
+    """
+    sums = []
+    for name, parameter, _ in work:
+        gradient = parameter.grad
+        assert gradient is not None
+        if gradient.layout != torch.strided:
+            raise ValueError(f"{name}: {gradient.layout} gradients are not supported; use a dense one (sparse=False)")
+        if not gradient.is_floating_point():
+            raise ValueError(f"{name}: {gradient.dtype} gradients are not supported; use a real floating-point dtype")
+        if hasattr(parameter, "device_mesh"):
+            raise ValueError(f"{name}: sharded parameters (DTensor) are not supported; use one process or plain DDP")
+        sums.append(gradient.sum().to(work[0][1].device, torch.float32))
+    if not sums:
+        return []
+    finite = torch.stack(sums).isfinite().tolist()
+    suspects = [(name, parameter.grad) for (name, parameter, _), good in zip(work, finite, strict=True) if not good]
+    return [name for name, gradient in suspects if gradient is not None and not bool(gradient.isfinite().all())]
