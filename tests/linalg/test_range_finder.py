@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from spectra import exponential, slow, with_spectrum
 from torch import Tensor
 
+from linalg.spectra import exponential, slow, with_spectrum
 from subspan.linalg import (
     DenseOperator,
     canonical_signs,
