@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -35,13 +36,14 @@ def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str,
     for key, value in group.items():
         name = ALIASES.get(key, key) if key not in defaults else key
         if name not in defaults and name not in BOOKKEEPING:
-            close = difflib.get_close_matches(key, [*defaults, *ALIASES], n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"unknown key {key!r} in a parameter group{hint} Allowed: {', '.join(sorted(defaults))}")
+            raise ValueError(unknown_setting(key, [*defaults, *ALIASES], "key of a parameter group"))
         if name in complete:
-            raise ValueError(f"a parameter group has both {name!r} and its alias")
+            aliases = [alias for alias in group if ALIASES.get(alias) == name]
+            raise ValueError(f"a parameter group has both {name!r} and its alias {aliases[0]!r}; keep one of them")
         complete[name] = value
     factor = complete.setdefault("lr_scale", 1.0)
+    if factor < 0.0:
+        raise ValueError(f"lr_scale={factor!r} is not allowed; it must be a number >= 0")
     if factor != 1.0:
         complete["lr"] = complete.get("lr", defaults["lr"]) * factor
     return complete
@@ -59,17 +61,16 @@ def check_group(group: Group, method: Method) -> None:
             raise ValueError(f"{method.name}: {key}={group[key]!r} is not allowed; it must be {allowed}")
 
     def number(key: str, low: float, allowed: str) -> None:
-        if key in group:
-            value = group[key]
+        value = group.get(key)
+        if value is not None:
             demand(not isinstance(value, bool) and isinstance(value, (int, float)) and value >= low, key, allowed)
 
     lr = group["lr"]
     demand(not isinstance(lr, Tensor) or lr.numel() == 1, "lr", "a number or a tensor with one element")
     demand(float(lr) >= 0.0, "lr", "a number >= 0")
-    demand(group["lr_scale"] >= 0.0, "lr_scale", "a number >= 0")
     for key in ("eps", "weight_decay", "sign_scale"):
         number(key, 0.0, "a number >= 0")
-    number("limiter", 1.0, "a number >= 1")
+    number("limiter", 1.0, "a number >= 1, or None for no limit")
     number("scale", 0.0, "a number >= 0")
     number("golore_after", 0, "a step >= 0")
     if "betas" in group:
@@ -88,3 +89,10 @@ def check_group(group: Group, method: Method) -> None:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def unknown_setting(name: str, allowed: Iterable[str], kind: str) -> str:
+    """Message for a setting that does not exist, with the nearest one that does."""
+    names = sorted(allowed)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"unknown {kind} {name!r}{f'; did you mean {close[0]!r}?' if close else ''}; allowed: {', '.join(names)}"

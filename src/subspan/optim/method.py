@@ -98,7 +98,7 @@ class Refresh(ABC):
 
     @abstractmethod
     def next_refresh(self, step: int, first: bool, phase: float, group: Group) -> int:
-        """Step of the refresh after the one at ``step``; ``phase`` in [0, 1) is this parameter's place in the period."""
+        """Step of the refresh after the one at ``step``; ``phase`` in [0, 1) is the parameter's place in the period."""
 
 
 class Transport(ABC):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -15,11 +16,11 @@ from subspan.linalg import DenseOperator, seeded_generator
 from subspan.optim import loading
 from subspan.optim.apply import apply_update
 from subspan.optim.buckets import Task, buckets, gather, scatter
-from subspan.optim.groups import check_group, complete_group, is_projected
-from subspan.optim.matrix import gradient_like, oriented, projects_right
+from subspan.optim.groups import check_group, complete_group, is_projected, unknown_setting
+from subspan.optim.matrix import as_matrix, oriented, projects_right, write_back
 from subspan.optim.method import Geometry, Method, Roster, State, Step
 from subspan.optim.names import natural_key
-from subspan.optim.param_groups import param_groups
+from subspan.optim.param_groups import GROUPING, param_groups
 from subspan.optim.projection import drop_round_off
 from subspan.optim.screen import Work, nonfinite_gradients
 from subspan.optim.table import ParameterRow, format_table
@@ -59,8 +60,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
     ) -> None:
         if nonfinite not in ("skip", "raise"):
             raise ValueError(f"nonfinite={nonfinite!r}: choose 'skip' or 'raise'")
+        grouping = grouping or {}
+        for name in grouping.keys() - GROUPING:
+            known = [*inspect.signature(type(self).__init__).parameters, *GROUPING]
+            raise TypeError(unknown_setting(name, set(known) - {"self", "grouping", "settings"}, "setting"))
         if isinstance(params, nn.Module):
-            params = param_groups(params, **(grouping or {}))
+            params = param_groups(params, **grouping)
         elif grouping:
             raise TypeError(
                 f"{type(self).__name__} takes {', '.join(sorted(grouping))} only together with a model, since plain "
@@ -89,6 +94,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             check_group(group, self.method)
+            names = [name for other in self.param_groups for name, _ in self._named(other)]
+            if len(set(names)) < len(names):
+                twice = next(name for name, count in Counter(names).items() if count > 1)
+                raise ValueError(
+                    f"two parameters have the name {twice!r}; state and seeds go by name, so name them apart"
+                )
             for name, parameter in self._named(group):
                 if is_projected(group):
                     self._geometry(name, parameter, group, refreshes=0)
@@ -111,13 +122,17 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for group in self.param_groups
             if is_projected(group)
             for name, parameter in self._named(group)
-            if parameter.ndim >= 2
         )
 
     def _geometry(self, name: str, parameter: Tensor, group: dict[str, Any], refreshes: int) -> Geometry | None:
         """Oriented shape and rank of a parameter; None when it is dense."""
-        if not is_projected(group) or parameter.ndim < 2:
+        if not is_projected(group):
             return None
+        if parameter.ndim < 2:
+            raise ValueError(
+                f"{name}: a parameter of shape {tuple(parameter.shape)} cannot be projected; put it into a group "
+                "without rank, as param_groups(model, rank=...) does"
+            )
         assert self.method.subspace is not None
         right = self._right(parameter, group)
         *batch, m, n = oriented(parameter, right).shape
@@ -126,7 +141,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     @staticmethod
     def _right(parameter: Tensor, group: dict[str, Any]) -> bool:
-        rows, columns = oriented(parameter, right=False).shape[-2:]
+        rows, columns = as_matrix(parameter).shape[-2:]
         return projects_right(rows, columns, group["proj_type"])
 
     def _specs(self, name: str, parameter: Tensor, group: dict[str, Any], refreshes: int) -> dict[str, StateSpec]:
@@ -277,7 +292,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         geometry = self._geometry(name, parameter, group, self._refreshes(parameter))
         assert parameter.grad is not None
-        gradient = gradient_like(parameter.grad, parameter)
+        gradient = parameter.grad
         if geometry is None:
             self._step_dense(parameter, gradient, state, previous + 1, group)
             return None
@@ -310,7 +325,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if 0 < geometry.rank < geometry.m:
             generator = seeded_generator(self.seed, name, refreshes)
             found = method.subspace.find(DenseOperator(G), geometry, generator=generator, step=step, group=group)
-            new, projected = found.tensors, found.projected
+            new, projected = (found.tensors if method.subspace.stored else {}), found.projected
         if refreshes > 0:
             method.transport.carry(state, specs, new, step)
         for key, tensor in new.items():
@@ -375,6 +390,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for key in changed:
             scatter(tensors[key], [task.state[key] for task in bucket])
         scatter(W, parameters)
+        for task, matrix in zip(bucket, parameters, strict=True):
+            write_back(matrix, task.parameter, task.right)
 
     def _subspace_tensor(self, task: Task, key: str) -> Tensor:
         """A tensor of the subspace in force: from the state, or found again from the seed of the last refresh."""

@@ -12,6 +12,9 @@ from torch import nn
 
 from subspan.optim.names import canonical_name
 
+#: Settings of `param_groups` that an optimizer built from a model hands on.
+GROUPING = frozenset({"rank", "density", "target_modules", "exclude", "lr_scale", "other_lr_scale"})
+
 _NEVER = (nn.Embedding, nn.EmbeddingBag, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 
@@ -69,7 +72,7 @@ def param_groups(
         if wanted.all_linear:
             target = parameter not in forbidden and _is_linear(module, parameter)
         else:
-            target = wanted.matches(name) and parameter.ndim >= 2 and not isinstance(module, _NEVER)
+            target = parameter.ndim >= 2 and wanted.matches(name)
         if parameter in seen or not parameter.requires_grad:
             continue
         seen.add(parameter)
@@ -115,6 +118,7 @@ class _Pattern:
         self.used: set[str] = set()
 
     def matches(self, name: str) -> bool:
+        """Whether the parameter ``name``, or its module, is meant."""
         module = name.rpartition(".")[0]
         if self.expression is not None:
             hit = bool(self.expression.fullmatch(module) or self.expression.fullmatch(name))
@@ -125,6 +129,11 @@ class _Pattern:
         return bool(parts)
 
     def check_used(self, names: Collection[str]) -> None:
+        """Refuse patterns that have matched nothing.
+
+        Raises:
+            ValueError: naming the pattern and what is close to it.
+        """
         patterns = self.parts if self.expression is None else [self.expression.pattern]
         for pattern in patterns:
             if pattern not in self.used:
@@ -133,7 +142,7 @@ class _Pattern:
                 hint = (
                     f"; close to it: {', '.join(close)}" if close else f"; names look like {', '.join(list(names)[:3])}"
                 )
-                raise ValueError(f"the pattern {pattern!r} matches no module or parameter of the model{hint}")
+                raise ValueError(f"the pattern {pattern!r} selects no matrix of the model{hint}")
 
 
 def _owned(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:

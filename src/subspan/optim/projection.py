@@ -74,8 +74,8 @@ class Orthonormal(Linear):
 
     Rows of R that are round-off are set to zero: when rank(G) < r the surplus rows hold nothing else, and Adam would
     turn them into full-size steps. A row is round-off when its norm is at most ``floor·‖R‖_F``; the floor is what the
-    accumulation leaves, eps(float32), or what rounding G to its dtype leaves in one direction out of m,
-    eps(G.dtype)/√m, whichever is larger.
+    accumulation leaves, √m·eps(float32), or what rounding G to its dtype leaves in one direction out of m,
+    2·eps(G.dtype)/√m, whichever is larger.
     """
 
     def project(self, G: Tensor) -> Tensor:
@@ -84,7 +84,8 @@ class Orthonormal(Linear):
 
 def drop_round_off(R: Tensor, G: Tensor) -> Tensor:
     """Set the rows of R = QᵀG that are round-off to zero, in place (see `Orthonormal`)."""
-    floor = max(torch.finfo(R.dtype).eps, torch.finfo(G.dtype).eps / math.sqrt(G.shape[-2]))
+    root = math.sqrt(G.shape[-2])
+    floor = max(torch.finfo(R.dtype).eps * root, 2.0 * torch.finfo(G.dtype).eps / root)
     norms = torch.linalg.vector_norm(R, dim=-1, keepdim=True)
     keep = norms > floor * torch.linalg.vector_norm(norms, dim=-2, keepdim=True)
     # On a CPU asking is cheaper than the multiplication; on a device it would wait for the stream.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from subspan.optim.groups import unknown_setting
 from subspan.optim.methods.adamw import AdamW
 from subspan.optim.methods.apollo import APOLLO, APOLLOMini
 from subspan.optim.methods.fira import Fira
@@ -21,7 +21,7 @@ class MethodInfo:
 
     Args:
         name: registry name.
-        optimizer: its class.
+        cls: its optimizer class.
         title: the paper's spelling.
         arxiv: number of the paper.
         summary: one line.
@@ -30,7 +30,7 @@ class MethodInfo:
     """
 
     name: str
-    optimizer: type[LowRankOptimizer]
+    cls: type[LowRankOptimizer]
     title: str
     arxiv: str
     summary: str
@@ -74,9 +74,7 @@ def method_info(name: str) -> MethodInfo:
         ValueError: no method has this name; the message lists the names.
     """
     if name not in _METHODS:
-        close = difflib.get_close_matches(name.lower().replace("-", "_"), _METHODS, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown method {name!r}{hint} Allowed: {', '.join(_METHODS)}")
+        raise ValueError(unknown_setting(name, _METHODS, "method"))
     return _METHODS[name]
 
 
@@ -98,4 +96,4 @@ def create_optimizer(name: str, params: Params, **settings: Any) -> LowRankOptim
         >>> create_optimizer("galore", model, rank=8, lr=1e-2).method.name
         'galore'
     """
-    return method_info(name).optimizer(params, **settings)  # type: ignore[arg-type]
+    return method_info(name).cls(params, **settings)  # type: ignore[arg-type]

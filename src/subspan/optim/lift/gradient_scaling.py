@@ -6,11 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from subspan.optim.lift.limiter import limit_growth, limiter_specs
-from subspan.optim.lift.norms import column_norms_squared
+from subspan.optim.lift.norms import column_norms_squared, norm_ratio
 from subspan.optim.method import Geometry, Lift, Step, Update
 from subspan.state import StateSpec
 
@@ -40,11 +37,7 @@ class GradientScaling(Lift):
 
     def lift(self, step: Step) -> Update:
         dim = -2 if self.scale_type == "channel" else (-2, -1)
-
-        def norm(X: Tensor) -> Tensor:
-            return torch.linalg.vector_norm(X, dim=dim, keepdim=True)
-
-        gain = norm(step.direction) / step.correction / (norm(step.projected) + 1e-8)
+        gain = norm_ratio(step.direction, step.projected, dim) / step.correction
         multiplier = math.sqrt(step.group["scale"])
         if self.scale_front:
             gain = gain * multiplier

@@ -1,4 +1,4 @@
-"""Norms of the columns of a large matrix."""
+"""Norms of columns and their ratios."""
 
 from __future__ import annotations
 
@@ -21,3 +21,13 @@ def column_norms_squared(G: Tensor) -> Tensor:
     for tile in tiles(G):
         total += tile.of(G).to(dtype).square().sum(-2, keepdim=True)
     return total
+
+
+def norm_ratio(U: Tensor, R: Tensor, dim: int | tuple[int, int]) -> Tensor:
+    """‖U‖/‖R‖ along ``dim``, kept as a dimension, and 0 where R is zero.
+
+    The reference codes add 1e-8 to the denominator, which is not small against the columns of a real gradient.
+    """
+    denominator = torch.linalg.vector_norm(R, dim=dim, keepdim=True)
+    ratio = torch.linalg.vector_norm(U, dim=dim, keepdim=True) / denominator
+    return torch.where(denominator > 0, ratio, torch.zeros_like(ratio))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from subspan.optim.lift.limiter import limit_growth, limiter_specs
-from subspan.optim.lift.norms import column_norms_squared
+from subspan.optim.lift.norms import column_norms_squared, norm_ratio
 from subspan.optim.method import Geometry, Lift, Step, Update
 from subspan.optim.tiling import tiles
 from subspan.state import StateSpec
@@ -39,7 +39,7 @@ class ScaledResidual(Lift):
         R, U, scale = step.projected, step.direction, step.group["scale"]
         inside = scale if self.official_code else 1.0
         R_squared = R.square().sum(-2, keepdim=True)
-        phi = torch.linalg.vector_norm(U, dim=-2, keepdim=True) / (R_squared.sqrt() + 1e-8)
+        phi = norm_ratio(U, R, dim=-2)
         norm = self._residual_norm(step, phi, R_squared, inside)
         phi = phi * limit_growth(norm, step.state["residual_norm"], step.group["limiter"])[..., None, None]
         return Update(low_rank=U.mul_(scale).addcmul_(R, phi, value=-inside), gain=phi)

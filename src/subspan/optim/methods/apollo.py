@@ -25,7 +25,7 @@ class APOLLO(LowRankOptimizer):
         params: a model (with ``rank=...``), groups from `param_groups`, or group dicts.
         lr: learning rate.
         betas, eps, weight_decay: of Adam.
-        limiter: γ of the norm-growth limiter.
+        limiter: γ of the norm-growth limiter; None for none.
         update_proj_gap: steps after which the sketch is drawn anew; the moments are kept.
         scale: the step is multiplied by its square root.
         proj_type: side that is sketched, as for `GaLore`.
@@ -53,7 +53,7 @@ class APOLLO(LowRankOptimizer):
         eps: float = 1e-6,
         weight_decay: float = 0.0,
         *,
-        limiter: float = 1.01,
+        limiter: float | None = 1.01,
         update_proj_gap: int = 200,
         scale: float = 1.0,
         proj_type: str = "std",

@@ -25,7 +25,7 @@ class Fira(LowRankOptimizer):
         params: a model (with ``rank=...``), groups from `param_groups`, or group dicts.
         lr: learning rate.
         betas, eps, weight_decay: of Adam.
-        limiter: γ of the norm-growth limiter.
+        limiter: γ of the norm-growth limiter; None for none.
         update_proj_gap, scale, proj_type, svd, stagger, eps_placement: as for `GaLore`.
         official_code: subtract scale·QR instead of QR, as the official code does.
         seed, nonfinite: see `LowRankOptimizer`.
@@ -47,7 +47,7 @@ class Fira(LowRankOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        limiter: float = 1.01,
+        limiter: float | None = 1.01,
         update_proj_gap: int = 200,
         scale: float = 0.25,
         proj_type: str = "std",

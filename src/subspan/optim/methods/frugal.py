@@ -38,7 +38,8 @@ class FRUGAL(LowRankOptimizer):
         update_proj_gap: steps between refreshes.
         proj_type: side that is projected, as for `GaLore`; blocks have none.
         subspace: ``"blocks"`` (whole tensors, the last first), ``"rows"`` (coordinates), ``"svd"``,
-            ``"randomized_svd"`` or ``"stiefel"``; all but blocks also take a ``rank`` in the group instead of ``density``.
+            ``"randomized_svd"`` or ``"stiefel"``; all but blocks also take a ``rank`` in the group instead of
+            ``density``.
         seed, nonfinite: see `LowRankOptimizer`.
         **grouping: with a model: settings of `param_groups` such as ``target_modules``.
 
