@@ -321,7 +321,7 @@ def main() -> None:
     parser.add_argument("--ratio", nargs="+", type=float, default=[0.1, 0.4, 1.0], help="f: matrices get f x lr")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--model", default="llama_bench")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--rank", type=int, default=64)

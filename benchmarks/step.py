@@ -83,11 +83,9 @@ def make_step(
     settings: dict[str, object] = {"lr": 1e-4, "weight_decay": 0.0}
     if name == "adamw":
         return create_optimizer(name, [{"params": named}], **settings).step
-    group = {"params": named, "update_proj_gap": 10**9}
-    if name != "apollo_mini":
-        group["rank"] = rank
-    else:
-        group["rank"] = 1
+    group = {"params": named, "update_proj_gap": 10**9, "rank": 1 if name == "apollo_mini" else rank}
+    if name == "frugal":
+        group |= {"rank": None, "density": 0.25}
     return create_optimizer(name, [group], **settings).step
 
 
