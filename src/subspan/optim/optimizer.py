@@ -16,15 +16,15 @@ from subspan.linalg import DenseOperator, seeded_generator
 from subspan.optim import loading
 from subspan.optim.apply import apply_update
 from subspan.optim.buckets import Task, buckets, gather, scatter
+from subspan.optim.dense import state_dtype, step_dense
 from subspan.optim.groups import check_group, complete_group, is_projected, unknown_setting
 from subspan.optim.matrix import as_matrix, oriented, projects_right, write_back
 from subspan.optim.method import Geometry, Method, Roster, State, Step
-from subspan.optim.names import natural_key
 from subspan.optim.param_groups import GROUPING, param_groups
 from subspan.optim.projection import drop_round_off
+from subspan.optim.refresh import place_in_period
 from subspan.optim.screen import Work, nonfinite_gradients
 from subspan.optim.table import ParameterRow, format_table
-from subspan.optim.tiling import tiles
 from subspan.state import StateSpec
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]] | nn.Module
@@ -137,7 +137,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         right = self._right(parameter, group)
         *batch, m, n = oriented(parameter, right).shape
         rank = self.method.subspace.rank(m, group, name=name, refreshes=refreshes, roster=self._roster())
-        return Geometry(tuple(batch), m, n, rank, _state_dtype(parameter))
+        return Geometry(tuple(batch), m, n, rank, state_dtype(parameter))
 
     @staticmethod
     def _right(parameter: Tensor, group: dict[str, Any]) -> bool:
@@ -146,7 +146,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
     def _specs(self, name: str, parameter: Tensor, group: dict[str, Any], refreshes: int) -> dict[str, StateSpec]:
         geometry = self._geometry(name, parameter, group, refreshes)
-        return self.method.specs(geometry, parameter.shape, _state_dtype(parameter), group)
+        return self.method.specs(geometry, parameter.shape, state_dtype(parameter), group)
 
     def _refreshes(self, parameter: Tensor) -> int:
         state = self.state.get(parameter, {})
@@ -294,7 +294,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
         assert parameter.grad is not None
         gradient = parameter.grad
         if geometry is None:
-            self._step_dense(parameter, gradient, state, previous + 1, group)
+            beta, alpha = self._factors(group)
+            step_dense(self.method.inner, parameter, gradient, state, previous + 1, group, beta=beta, alpha=alpha)
             return None
         right = self._right(parameter, group)
         projected = None
@@ -331,40 +332,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for key, tensor in new.items():
             state[key].copy_(tensor)
         state["refreshes"] += 1
-        phase = self._phase(name) if refreshes == 0 else 0.0
+        phase = place_in_period(name, self._roster()) if refreshes == 0 else 0.0
         state["next_refresh"].fill_(method.refresh.next_refresh(step, refreshes == 0, phase, group))
         return projected
-
-    def _phase(self, name: str) -> float:
-        """This parameter's place in the refresh period: the share of the work of all parameters before it by name."""
-        roster = sorted(self._roster(), key=lambda entry: natural_key(entry[0]))
-        total = sum(elements for _, elements in roster)
-        before = 0
-        for other, elements in roster:
-            if other == name:
-                return before / total
-            before += elements
-        raise KeyError(name)
-
-    def _step_dense(self, W: Tensor, G: Tensor, state: State, age: int, group: dict[str, Any]) -> None:
-        """The inner rule without projection."""
-        inner, (beta, alpha) = self.method.inner, self._factors(group)
-        if inner.step_dense(W, G, state, age, group, beta=beta, alpha=alpha):
-            return
-        dtype = _state_dtype(W)
-        moments = {key: state[key] for key in inner.specs(tuple(W.shape), dtype, group)}
-        if not W.is_contiguous():
-            U = inner.direction(G.to(dtype).contiguous(), moments, age, group)
-            W.copy_(W.to(dtype).mul_(beta).add_(U, alpha=alpha))
-            return
-        rows = W.shape[-1] if W.ndim > 1 else 1
-        W, G = W.view(-1, rows), G.reshape(-1, rows)
-        moments = {key: tensor.view(-1, rows) for key, tensor in moments.items()}
-        for tile in tiles(W):
-            out = tile.of(W)
-            part = {key: tile.of(tensor) for key, tensor in moments.items()}
-            U = inner.direction(tile.of(G).to(dtype).contiguous(), part, age, group)
-            out.copy_(out.to(dtype).mul(beta).add_(U, alpha=alpha))
 
     def _step_bucket(self, bucket: list[Task]) -> None:
         """One step of equal matrices: project, inner rule, lift, apply."""
@@ -453,7 +423,3 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = ("method", "seed", "nonfinite", "skipped_steps", "_warned", "_bound")
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
-
-
-def _state_dtype(parameter: Tensor) -> torch.dtype:
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from subspan.optim.method import Group, Refresh
+from subspan.optim.method import Group, Refresh, Roster
+from subspan.optim.names import natural_key
 
 
 @dataclass(frozen=True)
@@ -22,3 +23,20 @@ class EveryGap(Refresh):
     def next_refresh(self, step: int, first: bool, phase: float, group: Group) -> int:
         gap = group["update_proj_gap"]
         return step + (1 + int(phase * gap) if first and self.stagger else gap)
+
+
+def place_in_period(name: str, roster: Roster) -> float:
+    """Share, in [0, 1), of the elements of all projected parameters that come before ``name`` in natural order.
+
+    Refreshes placed like this spread their cost evenly over the period, whatever order the parameters are given in.
+
+    Args:
+        name: one of the roster's names.
+        roster: ((name, elements), ...).
+
+    Example:
+        >>> place_in_period("b", (("b", 30), ("a", 10)))
+        0.25
+    """
+    before = sum(elements for other, elements in roster if natural_key(other) < natural_key(name))
+    return before / sum(elements for _, elements in roster)
