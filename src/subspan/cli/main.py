@@ -1,0 +1,105 @@
+"""The entry point ``subspan``; torch and transformers are imported by the commands, not for ``--help``."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.metadata
+import logging
+import re
+import sys
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+__all__ = ["main"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments (default: those of the process).
+
+    Returns:
+        Exit status: 0; 1 for settings or data that cannot be honoured; 2 for arguments that cannot be parsed; 128 and
+        the number of the signal when a run was stopped.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        parser = _parser()
+        arguments = parser.parse_args([_with_underscores(argument) for argument in argv])
+        _quiet_libraries()
+        return _run(arguments.subcommand, arguments[arguments.subcommand])
+    except KeyboardInterrupt:
+        print("\nStopped; nothing had been trained that was not saved.", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        print(f"error: {error}. Install what the command line needs: pip install 'subspan[train]'", file=sys.stderr)
+        return 1
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> ArgumentParser:
+    from jsonargparse import ArgumentParser
+
+    from subspan.cli import methods, pretrain, sweep
+    from subspan.train.config import PretrainConfig
+
+    settings = ["config", "grid", "print_config", *(field.name for field in dataclasses.fields(PretrainConfig))]
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            """End with the message alone, and the closest setting beside an unknown one."""
+            # In a file, an unknown setting is reported by the parser above the command.
+            unknown = re.search(
+                r"unrecognized arguments: --([\w.]+)|mand '(\w+)' does not accept option '([\w.]+)'", message
+            )
+            command = self.prog.replace(" [options]", "")
+            if unknown:
+                name = unknown[1] or unknown[3]
+                command = f"{command} {unknown[2]}" if unknown[2] else command
+                close = difflib.get_close_matches(name, settings, n=1)
+                message = f"unknown setting {name!r}.{f' Did you mean {close[0]!r}?' if close else ''}"
+            self.exit(2, f"error: {message}\nAll settings: {command} --help\n")
+            raise AssertionError("exit does not return")
+
+    parser = Parser(
+        prog="subspan",
+        version=importlib.metadata.version("subspan"),
+        description="Train large networks inside small subspaces.",
+        epilog="Example: subspan pretrain --method galore --data texts/ --steps 1000 --output runs/first",
+    )
+    commands = parser.add_subcommands(required=True, title="commands")
+    for module in (pretrain, sweep, methods):
+        module.add_command(commands, Parser)
+    return parser
+
+
+def _run(command: str, arguments: Any) -> int:
+    from subspan.cli import methods, pretrain, sweep
+
+    return {"pretrain": pretrain.run, "sweep": sweep.run, "methods": methods.run}[command](arguments)
+
+
+def _with_underscores(argument: str) -> str:
+    """``--batch-size=8`` as ``--batch_size=8``: both spellings are taken."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _quiet_libraries() -> None:
+    """Keep libraries from writing about themselves between the lines of a run."""
+    # torchao, which transformers imports where it is installed, reports kernels that a CPU build does not have.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        from transformers.utils import logging as transformers_logging
+    except ModuleNotFoundError:
+        return
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,30 @@
+"""``subspan methods``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["add_command", "run"]
+
+
+def add_command(commands: Any, parser_class: Any) -> None:
+    """Add the command to the parser."""
+    parser = parser_class(
+        usage="subspan methods", description="List the optimizers that --method takes. Example: subspan methods."
+    )
+    commands.add_subcommand("methods", parser, help="list the optimizers")
+
+
+def run(arguments: Any) -> int:
+    """Print the table of methods."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from subspan.optim import list_methods, method_info
+
+    table = Table("method", "paper", "arXiv", "what it does", box=None, pad_edge=False, header_style="bold")
+    for name in list_methods():
+        info = method_info(name)
+        table.add_row(name, info.title, info.arxiv, info.summary)
+    Console().print(table)
+    return 0

@@ -1,0 +1,193 @@
+"""Callbacks of a run: metrics as JSON lines, progress on the terminal, and stopping in good order."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from subspan.train.config import write_text
+
+__all__ = ["MetricsCallback", "MetricsFile", "ProgressCallback", "StopCallback"]
+
+#: What is kept of all that the Trainer logs.
+_METRICS = (
+    "loss",
+    "eval_loss",
+    "eval_perplexity",
+    "grad_norm",
+    "learning_rate",
+    "tokens",
+    "skipped_steps",
+    "tokens_per_second",
+    "peak_memory_bytes",
+)
+
+
+def json_line(values: dict[str, Any]) -> str:
+    """Return a line of JSON; JSON has no numbers that are not finite, so they become null.
+
+    Example:
+        >>> json_line({"loss": float("nan")})
+        '{"loss": null}\\n'
+    """
+    unwritable = {key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)}
+    return json.dumps(values | dict.fromkeys(unwritable)) + "\n"
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object a line, flushed line by line.
+
+    Args:
+        path: of the file.
+        resume_step: lines after this step are dropped, since the steps will be run again.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        self.path = path
+        kept = [line for line in self.read(path) if line["step"] <= resume_step] if resume_step else []
+        write_text(path, "".join(map(json_line, kept)))
+
+    @staticmethod
+    def read(path: Path) -> list[dict[str, Any]]:
+        """Return the lines of a file, none when there is no file; a last line cut short by a kill is left out."""
+        lines: list[dict[str, Any]] = []
+        if not path.exists():
+            return lines
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return lines
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json_line(line))
+
+
+class MetricsCallback(TrainerCallback):
+    """Writes what is logged to the metrics file."""
+
+    def __init__(self, file: MetricsFile) -> None:
+        self.file = file
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write one line for a training loss or an evaluation."""
+        logs = logs or {}
+        if "loss" in logs or "eval_loss" in logs:
+            self.file.write({"step": state.global_step, **{key: logs[key] for key in _METRICS if key in logs}})
+
+
+class ProgressCallback(TrainerCallback):
+    """A bar with loss, learning rate, tokens/s and peak memory; plain lines where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.bar = Progress(
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("train", total=None, figures="")
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the bar where the run stands."""
+        self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
+        self.bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Advance the bar."""
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the figures."""
+        logs = logs or {}
+        step = f"step {state.global_step:>{len(str(state.max_steps))}}/{state.max_steps}"
+        if "eval_loss" in logs:
+            self.console.print(
+                f"{step}  [bold]validation loss {logs['eval_loss']:.4f}, perplexity {logs['eval_perplexity']:.2f}[/]",
+                highlight=False,
+            )
+        elif "loss" in logs:
+            figures = (
+                f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  {logs['tokens_per_second']:,.0f} tokens/s  "
+                f"peak {logs['peak_memory_bytes'] / 2**30:.2f} GiB"
+            )
+            self.bar.update(self.task, figures=figures)
+            if not self.console.is_terminal:
+                self.console.print(f"{step}  {figures}", highlight=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop the bar."""
+        self.bar.stop()
+
+
+class StopCallback(TrainerCallback):
+    """Turns the first SIGINT or SIGTERM into a checkpoint after the current step; a second one stops at once.
+
+    Use it as a context manager around the training; outside the main thread it does nothing.
+
+    Attributes:
+        signal: number of the signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopCallback:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._stop)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.signal = number
+        for other, handler in self._previous.items():
+            signal.signal(other, handler)
+        # Not through the console: a handler may run in the middle of a print.
+        os.write(2, b"\nStopping: this step is finished and saved. Once more stops at once.\n")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Save and stop when a signal came."""
+        if self.signal is not None:
+            control.should_save = True
+            control.should_training_stop = True

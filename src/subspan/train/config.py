@@ -1,0 +1,173 @@
+"""The settings of a pretraining run; imports neither torch nor transformers, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+__all__ = ["PretrainConfig", "differences", "read_config", "write_text"]
+
+#: Settings that leave the training itself alone, so that a resumed run may change them.
+_HARMLESS = frozenset(
+    {"output", "resume", "report_to", "log_every", "eval_every", "eval_batches", "save_every", "keep_checkpoints"}
+)
+
+
+@dataclass
+class PretrainConfig:
+    """Settings of a pretraining run.
+
+    Args:
+        method: Optimizer, a name that ``subspan methods`` lists.
+        model: Preset (``llama_9m`` ... ``llama_7b``, ``llama_bench``, ``gpt2-124m``), a Hugging Face config.json, a
+            local checkpoint folder with safetensors, or owner/name on the Hugging Face hub.
+        data: Text to train on: a text file, .jsonl or .parquet with a field ``text``, gzip or zstandard of these, a
+            folder of them, or ``hf:NAME[:CONFIG][:SPLIT]`` to stream a data set of the hub. None: the source files of
+            Python's own standard library.
+        tokenizer: Folder, tokenizer.json or name on the hub. None: the model's own, else a byte-level BPE trained on
+            the training text.
+        vocab_size: Tokens of the BPE that is trained; the model gets the same vocabulary.
+        validation: Share of the text that is held out for validation.
+        rank: Directions kept of each projected matrix. None: the method's own, else a quarter of the hidden width.
+        target_modules: Which matrices to project: ``all-linear``, a regular expression, or a list of names.
+        exclude: Names of modules that stay dense in spite of `target_modules`.
+        optimizer: Further settings of the method, such as ``--optimizer.update_proj_gap 50 --optimizer.scale 0.25``.
+            update_proj_gap is by default a tenth of the steps, at most the method's own.
+        lr: Peak learning rate. None: the method's own.
+        lr_scale: Factor on the learning rate of the projected matrices.
+        other_lr_scale: Factor on the learning rate of all other parameters.
+        weight_decay: Decoupled weight decay.
+        max_grad_norm: Gradients are clipped to this norm; 0 clips nothing.
+        schedule: Learning rate after the warm-up: cosine to a tenth of the peak, linear to zero, or constant.
+        warmup: Steps of linear warm-up; below 1, a share of all steps.
+        steps: Optimizer steps.
+        batch_size: Sequences in a forward pass, on each device.
+        grad_accumulation: Forward passes in an optimizer step.
+        seq_len: Tokens in a sequence.
+        dtype: float32; bfloat16 (weights and gradients in bfloat16); or amp (float32 weights, bfloat16 arithmetic).
+        activation_checkpointing: Recompute activations in the backward pass: less memory, more time.
+        eval_every: Steps between evaluations on the held-out text; 0 evaluates at the end only.
+        eval_batches: Batches in an evaluation.
+        log_every: Steps between lines in metrics.jsonl.
+        save_every: Steps between checkpoints; 0 saves at the end only.
+        keep_checkpoints: Newest checkpoints that are kept.
+        seed: Of the weights, the order of the data and the optimizer's draws.
+        output: Run folder. None: ``runs/METHOD-MODEL``, with a number after it when that exists.
+        resume: ``auto`` continues from the newest checkpoint in the run folder, or starts when there is none; a path
+            continues from that checkpoint; ``none`` starts afresh and never touches an existing run.
+        report_to: Log to TensorBoard or Weights & Biases too.
+    """
+
+    method: str = "galore"
+    model: str = "llama_bench"
+    data: str | None = None
+    tokenizer: str | None = None
+    vocab_size: int = 4096
+    validation: float = 0.05
+    rank: int | None = None
+    target_modules: str | list[str] = "all-linear"
+    exclude: list[str] = field(default_factory=list)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    lr: float | None = None
+    lr_scale: float = 1.0
+    other_lr_scale: float = 1.0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.1
+    steps: int = 500
+    batch_size: int = 8
+    grad_accumulation: int = 1
+    seq_len: int = 128
+    dtype: Literal["float32", "bfloat16", "amp"] = "float32"
+    activation_checkpointing: bool = False
+    eval_every: int = 100
+    eval_batches: int = 10
+    log_every: int = 10
+    save_every: int = 100
+    keep_checkpoints: int = 2
+    seed: int = 0
+    output: str | None = None
+    resume: str = "none"
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: naming the setting, its value and what is allowed.
+        """
+        for name in ("steps", "batch_size", "grad_accumulation", "log_every", "eval_batches", "keep_checkpoints"):
+            self._demand(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("eval_every", "save_every", "seed", "weight_decay", "max_grad_norm", "warmup"):
+            self._demand(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("lr_scale", "other_lr_scale"):
+            self._demand(name, getattr(self, name) > 0, "greater than 0")
+        self._demand("lr", self.lr is None or self.lr > 0, "greater than 0, or null for the method's own")
+        self._demand("warmup", self.warmup < 1 or self.warmup == int(self.warmup), "a whole number, or a share below 1")
+        self._demand("seq_len", self.seq_len >= 2, "at least 2 tokens")
+        self._demand("rank", self.rank is None or self.rank >= 1, "at least 1, or null for a quarter of the width")
+        self._demand("validation", 0 < self.validation < 1, "between 0 and 1")
+        self._demand("schedule", self.schedule in ("cosine", "linear", "constant"), "cosine, linear or constant")
+        self._demand("dtype", self.dtype in ("float32", "bfloat16", "amp"), "float32, bfloat16 or amp")
+        self._demand("report_to", self.report_to in ("none", "tensorboard", "wandb"), "none, tensorboard or wandb")
+
+    def _demand(self, name: str, good: bool, allowed: str) -> None:
+        if not good:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {allowed}.")
+
+    def to_yaml(self) -> str:
+        """Return the settings as YAML that ``subspan pretrain --config`` reads."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False)
+
+
+def read_config(path: Path) -> PretrainConfig:
+    """Read the settings of a run that `PretrainConfig.to_yaml` wrote.
+
+    Raises:
+        ValueError: not such a file; an unknown setting is named with the closest one.
+    """
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no settings.")
+    known = [setting.name for setting in dataclasses.fields(PretrainConfig)]
+    for name in content:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            raise ValueError(f"{path}: unknown setting {name!r}{f'; did you mean {close[0]!r}?' if close else '.'}")
+    return PretrainConfig(**content)
+
+
+def differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
+    """Return the settings that change the training and differ, as ``name: old -> new``.
+
+    Example:
+        >>> differences(PretrainConfig(lr=0.01), PretrainConfig(lr=0.02, log_every=5))
+        ['lr: 0.01 -> 0.02']
+    """
+    before, after = _flat(old), _flat(new)
+    return [
+        f"{name}: {before.get(name)!r} -> {after.get(name)!r}"
+        for name in before | after
+        if name not in _HARMLESS and before.get(name) != after.get(name)
+    ]
+
+
+def _flat(config: PretrainConfig) -> dict[str, Any]:
+    settings = dataclasses.asdict(config)
+    return settings | {f"optimizer.{name}": value for name, value in settings.pop("optimizer").items()}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it, so that it is never half there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+        file.write(text)
+    os.replace(file.name, path)

@@ -1,0 +1,91 @@
+"""From the settings of a run to its optimizer, and the check that the Trainer really uses it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import torch
+from torch import nn
+
+from subspan.optim import LowRankOptimizer, create_optimizer, method_info
+from subspan.train.config import PretrainConfig
+
+__all__ = ["build_optimizer", "check_optimizer", "projected_names", "resolve"]
+
+
+def resolve(config: PretrainConfig, hidden_size: int) -> PretrainConfig:
+    """Fill in the settings that depend on the method and the model: `lr`, `rank` and ``update_proj_gap``.
+
+    Args:
+        config: settings of the run.
+        hidden_size: width of the model; a quarter of it is the default rank.
+
+    Raises:
+        ValueError: an unknown method, or a rank for a method that projects nothing.
+
+    Example:
+        >>> resolve(PretrainConfig(), hidden_size=256).rank
+        64
+    """
+    info = method_info(config.method)
+    defaults = inspect.signature(info.cls).parameters
+    if info.size is None and config.rank is not None:
+        raise ValueError(f"rank is {config.rank}, but the method {config.method!r} projects nothing; leave rank out.")
+    rank = config.rank
+    if rank is None and info.size == "rank":
+        rank = int(info.default_size or max(1, hidden_size // 4))
+    optimizer = dict(config.optimizer)
+    if "update_proj_gap" in defaults:
+        own = defaults["update_proj_gap"].default
+        optimizer.setdefault("update_proj_gap", min(own, max(1, config.steps // 10)))
+    lr = defaults["lr"].default if config.lr is None else config.lr
+    return dataclasses.replace(config, rank=rank, lr=lr, optimizer=optimizer)
+
+
+def build_optimizer(model: nn.Module, config: PretrainConfig) -> LowRankOptimizer:
+    """Build the optimizer of a resolved configuration; the Trainer calls it with its model.
+
+    Raises:
+        ValueError: settings that the method does not have, or nothing to project.
+    """
+    settings = dict(config.optimizer)
+    if config.rank is not None:
+        settings["rank"] = config.rank
+    try:
+        return create_optimizer(
+            config.method,
+            model,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            seed=config.seed,
+            target_modules=config.target_modules,
+            exclude=config.exclude,
+            lr_scale=config.lr_scale,
+            other_lr_scale=config.other_lr_scale,
+            **settings,
+        )
+    except TypeError as error:
+        raise ValueError(f"optimizer settings {settings} do not suit {config.method!r}: {error}") from error
+
+
+def projected_names(optimizer: LowRankOptimizer) -> list[str]:
+    """Return the names of the projected parameters."""
+    return [row.name for row in optimizer.rows() if row.rank is not None]
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, config: PretrainConfig, model: nn.Module) -> None:
+    """Check that the Trainer uses the optimizer that was asked for.
+
+    Raises:
+        RuntimeError: another class, or not the same parameters projected.
+    """
+    wanted = build_optimizer(model, config)
+    if type(optimizer) is not type(wanted):
+        raise RuntimeError(
+            f"the Trainer uses {type(optimizer).__name__} although {type(wanted).__name__} was asked for; this version "
+            "of transformers does not honour optimizer_cls_and_kwargs."
+        )
+    assert isinstance(optimizer, LowRankOptimizer)
+    if (found := projected_names(optimizer)) != (expected := projected_names(wanted)):
+        raise RuntimeError(f"{len(found)} tensors are projected instead of {len(expected)}: {found} != {expected}")

@@ -1,0 +1,249 @@
+"""A pretraining run from its settings to its summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.utils.data import Dataset, Subset
+from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, default_data_collator
+
+from subspan.memory import plan
+from subspan.train.callbacks import MetricsCallback, MetricsFile, ProgressCallback, StopCallback
+from subspan.train.config import PretrainConfig, write_text
+from subspan.train.data import PackedDataset, StreamedDataset, TextData, load_data
+from subspan.train.optimizer import resolve
+from subspan.train.presets import build_model, model_tokenizer
+from subspan.train.run_folder import RunFolder, open_run_folder
+from subspan.train.summary import RunSummary, finished_summary, generate_sample, measured_bytes, show_end, show_start
+from subspan.train.trainer import PretrainTrainer, peak_memory_bytes, perplexity
+
+__all__ = ["PretrainConfig", "RunSummary", "pretrain"]
+
+_SCHEDULES: dict[str, tuple[str, dict[str, float]]] = {
+    "cosine": ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+    "linear": ("linear", {}),
+    "constant": ("constant_with_warmup", {}),
+}
+
+
+def pretrain(config: PretrainConfig, *, console: Console | None = None) -> RunSummary:
+    """Train a causal language model with a low-rank optimizer, or continue a run that was stopped.
+
+    A run stopped at any moment and continued gives bit by bit the losses of one that was never stopped. The run folder
+    holds ``config.yaml``, ``versions.json``, ``data.json``, ``metrics.jsonl`` (one JSON object a line, the last one
+    with the results), ``sample.txt`` and ``checkpoint-STEP/`` folders, which `build_model` and transformers load.
+
+    Args:
+        config: settings of the run.
+        console: where to print (default: standard output).
+
+    Returns:
+        The results; ``finished`` is False when SIGINT or SIGTERM stopped the run after saving it.
+
+    Raises:
+        ValueError: settings or data that cannot be honoured, or a run folder that holds another run.
+        FileNotFoundError: data, model or checkpoint that does not exist.
+
+    Example:
+        >>> summary = pretrain(PretrainConfig(model="llama_9m", steps=10, output="runs/try"))  # doctest: +SKIP
+        >>> summary.eval_perplexity  # doctest: +SKIP
+        3105.2
+    """
+    console = console or Console()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("subspan pretrain trains in one process; start it without torchrun.")
+    folder = open_run_folder(config)
+    data, model = _load(config, console)
+    config = resolve(config, _hidden_size(model))
+    changed_versions = folder.write_config(config)
+    finished = finished_summary(folder.path, MetricsFile.read(folder.metrics))
+    if finished is not None and finished.step == folder.step == config.steps:
+        console.print(f"The run in {folder.path} is finished: perplexity {finished.perplexity_text}.")
+        return finished
+    folder.check_data(data)
+    if changed_versions:
+        console.print(
+            f"[yellow]Not the versions that the run was started with ({'; '.join(changed_versions)}): "
+            "the numbers may differ in the last digits.[/]"
+        )
+
+    metrics = MetricsFile(folder.metrics, folder.step)
+    trainer = _trainer(config, folder, data, model, metrics, console)
+    trainer.create_optimizer()
+    optimizer = trainer.low_rank_optimizer
+    planned = plan(model, optimizer)
+    show_start(console, config, model, optimizer, data, folder.path, folder.step)
+
+    progress, losses = folder.progress(), folder.losses()
+    if folder.step < config.steps:
+        with StopCallback() as stop:
+            trainer.add_callback(stop)
+            trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint else None)
+        progress, losses = trainer.snapshot(), trainer.state.log_history
+        if trainer.state.global_step < config.steps:
+            _say_how_to_continue(trainer, folder, console)
+            return _summary(trainer, folder, trainer.state.global_step, progress, None, stop.signal)
+    else:
+        # Killed between the last checkpoint and the last line of the metrics.
+        trainer._load_from_checkpoint(str(folder.checkpoint))
+
+    assert progress is not None
+    eval_loss = next(entry["eval_loss"] for entry in reversed(losses) if "eval_loss" in entry)
+    summary = _summary(trainer, folder, config.steps, progress, eval_loss, None)
+    prompt, continuation = generate_sample(model, data.tokenizer, data.validation, config.seed)
+    write_text(folder.path / "sample.txt", f"{prompt}{continuation}\n")
+    last_line = dataclasses.asdict(summary)
+    metrics.write({key: value for key, value in last_line.items() if key not in ("output", "finished", "signal")})
+    measured = measured_bytes(model, progress["gradient_bytes"], progress["state_bytes"])
+    show_end(console, summary, planned, measured, prompt, continuation)
+    return summary
+
+
+def _load(config: PretrainConfig, console: Console) -> tuple[TextData, PreTrainedModel]:
+    with console.status("Loading the data ..."):
+        data = load_data(
+            config.data,
+            tokenizer=config.tokenizer or model_tokenizer(config.model),
+            vocab_size=config.vocab_size,
+            seq_len=config.seq_len,
+            validation=config.validation,
+            seed=config.seed,
+        )
+    with console.status("Building the model ..."):
+        model = build_model(
+            config.model,
+            vocab_size=len(data.tokenizer),
+            seq_len=config.seq_len,
+            seed=config.seed,
+            dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32,
+        )
+    model.config.use_cache = False
+    # The Trainer would do the same, with a warning.
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for settings in (model.config, model.generation_config):
+            setattr(settings, token, getattr(data.tokenizer, token))
+    if config.activation_checkpointing:
+        # transformers 5.23 renamed the method.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    return data, model
+
+
+def _hidden_size(model: PreTrainedModel) -> int:
+    return int(model.config.get_text_config().hidden_size)
+
+
+def _trainer(
+    config: PretrainConfig,
+    folder: RunFolder,
+    data: TextData,
+    model: PreTrainedModel,
+    metrics: MetricsFile,
+    console: Console,
+) -> PretrainTrainer:
+    progress = folder.progress()
+    streamed = isinstance(data.train, StreamedDataset)
+    if isinstance(data.train, StreamedDataset) and progress is not None:
+        data.train.load_state(progress["stream"])
+    assert config.lr is not None, "resolve() fills it in"
+    schedule, schedule_settings = _SCHEDULES[config.schedule]
+    arguments = TrainingArguments(
+        output_dir=str(folder.path),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.grad_accumulation,
+        learning_rate=config.lr,
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=schedule_settings,
+        warmup_steps=round(config.warmup * config.steps) if config.warmup < 1 else int(config.warmup),
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.dtype == "amp",
+        eval_strategy="steps",
+        eval_steps=config.eval_every or config.steps,
+        prediction_loss_only=True,
+        logging_steps=config.log_every,
+        logging_first_step=True,
+        # The filter would replace a loss that is not finite by the mean of the others.
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=config.save_every or config.steps,
+        # A stream continues at its own saved position; other data is skipped by the Trainer, without reading it.
+        ignore_data_skip=streamed,
+        seed=config.seed,
+        data_seed=config.seed,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        report_to=config.report_to,
+        run_name=folder.path.name,
+        disable_tqdm=True,
+    )
+    trainer = PretrainTrainer(
+        config,
+        progress,
+        model=model,
+        args=arguments,
+        train_dataset=_whole_steps(data, config, arguments),
+        eval_dataset=_evaluated(data.validation, config),
+        processing_class=data.tokenizer,
+        data_collator=default_data_collator,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressCallback(console))
+    trainer.add_callback(MetricsCallback(metrics))
+    return trainer
+
+
+def _whole_steps(data: TextData, config: PretrainConfig, arguments: TrainingArguments) -> Dataset[Any]:
+    """Leave out the few last sequences that do not fill an optimizer step, so that all steps are alike."""
+    if isinstance(data.train, StreamedDataset):
+        return data.train
+    step = arguments.train_batch_size * config.grad_accumulation
+    whole = len(data.train) // step * step
+    if whole == 0:
+        raise ValueError(
+            f"a step takes {step} sequences (batch_size {config.batch_size} x grad_accumulation "
+            f"{config.grad_accumulation}) and the training text has {len(data.train)}; lower them, or give more text."
+        )
+    return Subset(data.train, range(whole))
+
+
+def _evaluated(validation: PackedDataset, config: PretrainConfig) -> Dataset[Any]:
+    """Sequences spread evenly over the held-out text."""
+    wanted = min(len(validation), config.eval_batches * config.batch_size)
+    return Subset(validation, [i * len(validation) // wanted for i in range(wanted)])
+
+
+def _say_how_to_continue(trainer: PretrainTrainer, folder: RunFolder, console: Console) -> None:
+    console.print(f"\nStopped and saved at step {trainer.state.global_step} of {trainer.config.steps}. Continue with")
+    command = f"  subspan pretrain --config {folder.path / 'config.yaml'} --resume auto"
+    console.print(command, highlight=False, soft_wrap=True)
+
+
+def _summary(
+    trainer: PretrainTrainer,
+    folder: RunFolder,
+    step: int,
+    progress: dict[str, Any],
+    eval_loss: float | None,
+    signal: int | None,
+) -> RunSummary:
+    tokens = step * trainer.tokens_per_step
+    return RunSummary(
+        output=str(folder.path),
+        step=step,
+        finished=eval_loss is not None,
+        eval_loss=eval_loss,
+        eval_perplexity=None if eval_loss is None else perplexity(eval_loss),
+        tokens=tokens,
+        tokens_per_second=tokens / progress["seconds"],
+        state_bytes=sum(progress["state_bytes"].values()),
+        planned_state_bytes=sum(progress["planned_state_bytes"].values()),
+        peak_memory_bytes=peak_memory_bytes(),
+        skipped_steps=progress["skipped_steps"],
+        signal=signal,
+    )

@@ -1,0 +1,198 @@
+"""The folder of a run: where it is, whether it may be written to, and from which checkpoint it continues."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from subspan.train.config import PretrainConfig, differences, read_config, write_text
+from subspan.train.data import PackedDataset, TextData
+from subspan.train.trainer import CHECKPOINT, PROGRESS_FILE
+
+__all__ = ["RunFolder", "open_run_folder"]
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+VERSIONS_FILE = "versions.json"
+DATA_FILE = "data.json"
+_LIBRARIES = ("subspan", "torch", "transformers", "accelerate", "tokenizers", "datasets", "safetensors")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """A run folder that may be written to.
+
+    Attributes:
+        path: of the folder.
+        checkpoint: whole checkpoint from which the run continues, or None for a run that starts.
+    """
+
+    path: Path
+    checkpoint: Path | None = None
+
+    @property
+    def step(self) -> int:
+        """Step at which the run continues."""
+        return _step(self.checkpoint) if self.checkpoint is not None else 0
+
+    @property
+    def metrics(self) -> Path:
+        """The metrics file."""
+        return self.path / METRICS_FILE
+
+    def progress(self) -> dict[str, Any] | None:
+        """Return what `PretrainTrainer` keeps in the checkpoint beside the Trainer's own files."""
+        if self.checkpoint is None:
+            return None
+        return json.loads((self.checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
+
+    def losses(self) -> list[dict[str, Any]]:
+        """Return the Trainer's log up to the checkpoint."""
+        if self.checkpoint is None:
+            return []
+        return json.loads((self.checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+
+    def write_config(self, config: PretrainConfig) -> list[str]:
+        """Write the resolved settings and the library versions, or compare them with those of the run so far.
+
+        Args:
+            config: resolved settings.
+
+        Returns:
+            Versions that changed since the run was started; bit-equal numbers are then not promised.
+
+        Raises:
+            ValueError: the settings differ in a way that changes the training.
+        """
+        file = self.path / CONFIG_FILE
+        if file.exists() and (differing := differences(read_config(file), config)):
+            raise ValueError(
+                f"{self.path} holds a run with other settings ({'; '.join(differing)}). Continue it with its own: "
+                f"subspan pretrain --config {file} --resume auto; or choose another --output."
+            )
+        settings = dataclasses.replace(config, output=str(self.path), resume="auto")
+        write_text(file, settings.to_yaml())
+        versions = _versions()
+        file = self.path / VERSIONS_FILE
+        if not file.exists():
+            write_text(file, json.dumps(versions, indent=2) + "\n")
+            return []
+        before = json.loads(file.read_text(encoding="utf-8"))
+        return [
+            f"{name}: {before.get(name)} -> {version}"
+            for name, version in versions.items()
+            if before.get(name) != version
+        ]
+
+    def check_data(self, data: TextData) -> None:
+        """Write a fingerprint of the data, or compare it with that of the run so far.
+
+        Raises:
+            ValueError: the data is no longer the same.
+        """
+        fingerprint = _fingerprint(data)
+        file = self.path / DATA_FILE
+        if file.exists() and self.checkpoint is not None:
+            before = json.loads(file.read_text(encoding="utf-8"))
+            if before != fingerprint:
+                changed = ", ".join(key for key in fingerprint if before.get(key) != fingerprint[key])
+                raise ValueError(
+                    f"the data of the run in {self.path} has changed ({changed}), so it cannot be continued exactly. "
+                    "Bring the data back as it was, or start a new run with another --output."
+                )
+        write_text(file, json.dumps(fingerprint, indent=2) + "\n")
+
+
+def open_run_folder(config: PretrainConfig) -> RunFolder:
+    """Find the folder of a run and the checkpoint to continue from; creates and changes nothing.
+
+    Raises:
+        FileNotFoundError: the checkpoint to continue from does not exist.
+        ValueError: the folder holds another run or other files, or the checkpoint is not whole.
+    """
+    if config.resume not in ("auto", "none"):
+        return _open_checkpoint(Path(config.resume).expanduser(), config.output)
+    path = Path(config.output).expanduser() if config.output is not None else _default_folder(config)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output {str(path)!r} is a file; give a folder.")
+    if not path.exists() or not any(path.iterdir()):
+        return RunFolder(path)
+    if not (path / CONFIG_FILE).exists():
+        raise ValueError(f"output {str(path)!r} holds other files and no run; choose another folder.")
+    if config.resume == "none":
+        raise ValueError(
+            f"output {str(path)!r} already holds a run, and a run is never overwritten. Continue it with "
+            "--resume auto, or choose another --output."
+        )
+    whole = sorted((_step(folder), folder) for folder in path.glob("checkpoint-*") if _is_whole(folder))
+    return RunFolder(path, whole[-1][1] if whole else None)
+
+
+def _open_checkpoint(checkpoint: Path, output: str | None) -> RunFolder:
+    if not checkpoint.is_dir():
+        raise FileNotFoundError(
+            f"resume {str(checkpoint)!r}: no such checkpoint folder; give one, or auto for the newest, or none."
+        )
+    if not _is_whole(checkpoint):
+        raise ValueError(f"resume {str(checkpoint)!r} is no whole checkpoint: it has no {PROGRESS_FILE}.")
+    folder = checkpoint.resolve().parent
+    if output is not None and Path(output).expanduser().resolve() != folder:
+        raise ValueError(
+            f"a run is continued in its own folder: leave --output out, or make it {str(folder)!r}, not {output!r}."
+        )
+    return RunFolder(folder, checkpoint.resolve())
+
+
+def _default_folder(config: PretrainConfig) -> Path:
+    """``runs/METHOD-MODEL``; the newest one there is to continue, else the first number that is free."""
+    base = Path("runs") / f"{config.method}-{Path(config.model).stem}"
+    path, number = base, 1
+    while path.exists():
+        number += 1
+        following = base.with_name(f"{base.name}-{number}")
+        if config.resume == "auto" and not following.exists():
+            return path
+        path = following
+    return path
+
+
+def _step(checkpoint: Path) -> int:
+    match = CHECKPOINT.fullmatch(checkpoint.name)
+    if match is None:
+        raise ValueError(f"{checkpoint} is not called checkpoint-STEP.")
+    return int(match[1])
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    return CHECKPOINT.fullmatch(checkpoint.name) is not None and (checkpoint / PROGRESS_FILE).is_file()
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "platform": platform.platform()}
+    for library in _LIBRARIES:
+        versions[library] = importlib.metadata.version(library)
+    versions["torch"] = torch.__version__
+    versions["threads"] = str(torch.get_num_threads())
+    versions["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return versions
+
+
+def _fingerprint(data: TextData) -> dict[str, Any]:
+    def digest(dataset: PackedDataset) -> str:
+        return hashlib.sha256(dataset.sequences.numpy().tobytes()).hexdigest()
+
+    vocabulary = json.dumps(sorted(data.tokenizer.get_vocab().items()))
+    return {
+        "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "train": digest(data.train) if isinstance(data.train, PackedDataset) else "streamed",
+        "train_sequences": len(data.train) if isinstance(data.train, PackedDataset) else None,
+        "validation": digest(data.validation),
+        "validation_sequences": len(data.validation),
+    }

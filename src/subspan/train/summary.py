@@ -1,0 +1,215 @@
+"""What a run shows at its start and at its end, and the summary that it returns."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from subspan.memory import MemoryPlan, plan
+from subspan.optim import LowRankOptimizer
+from subspan.optim.table import ParameterRow
+from subspan.train.config import PretrainConfig
+from subspan.train.data import PackedDataset, TextData
+
+__all__ = ["RunSummary", "finished_summary", "generate_sample", "measured_bytes", "show_end", "show_start"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSummary:
+    """What a run came to.
+
+    Attributes:
+        output: run folder.
+        step: optimizer steps taken.
+        finished: False when the run was stopped by a signal.
+        eval_loss: mean cross-entropy on the held-out text, in nats a token; None when stopped.
+        eval_perplexity: its exponential.
+        tokens: tokens trained on.
+        tokens_per_second: of training, without evaluations and checkpoints.
+        state_bytes: optimizer state that is allocated.
+        planned_state_bytes: optimizer state that was planned.
+        peak_memory_bytes: of the GPU, or of the process.
+        skipped_steps: steps of single parameters that were left out for gradients that are not finite.
+        signal: number of the signal that stopped the run, or None.
+    """
+
+    output: str
+    step: int
+    finished: bool
+    eval_loss: float | None
+    eval_perplexity: float | None
+    tokens: int
+    tokens_per_second: float
+    state_bytes: int
+    planned_state_bytes: int
+    peak_memory_bytes: int
+    skipped_steps: int
+    signal: int | None = None
+
+    @property
+    def loss_text(self) -> str:
+        """The validation loss, for people."""
+        return "-" if self.eval_loss is None else f"{self.eval_loss:.4f}"
+
+    @property
+    def perplexity_text(self) -> str:
+        """The validation perplexity, for people."""
+        return "-" if self.eval_perplexity is None else f"{self.eval_perplexity:.2f}"
+
+
+def by_role(plan: MemoryPlan) -> dict[str, int]:
+    """Return the bytes of a plan under the names that the tables show."""
+    state = {f"state: {key}": count for key, count in plan.state.items()}
+    return {"weights": plan.weights, "gradients": plan.gradients, **state}
+
+
+def measured_bytes(model: nn.Module, gradients: int, state: dict[str, int]) -> MemoryPlan:
+    """Return the bytes that are allocated; whole storages are counted, each once.
+
+    Args:
+        model: for the weights and buffers.
+        gradients: bytes seen before an optimizer step.
+        state: allocated optimizer state by key.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return MemoryPlan(sum(storages.values()), gradients, state)
+
+
+def show_start(
+    console: Console,
+    config: PretrainConfig,
+    model: PreTrainedModel,
+    optimizer: LowRankOptimizer,
+    data: TextData,
+    output: Path,
+    step: int,
+) -> None:
+    """Print the model, the data, the table of projected tensors and the planned bytes."""
+    rows = optimizer.rows()
+    total = sum(p.numel() for p in model.parameters())
+    projected = sum(_numel(row.shape) for row in rows if row.rank is not None)
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold")
+    facts.add_row("model", f"{config.model}: {total:,} parameters, {projected / total:.0%} of them projected")
+    sequences = f"{len(data.train):,} sequences" if isinstance(data.train, PackedDataset) else "streamed"
+    held_out = f"{len(data.validation):,} held out for validation"
+    facts.add_row(
+        "data", f"{config.data or 'Python standard library'}: {sequences} of {config.seq_len} tokens, {held_out}"
+    )
+    tokens = config.batch_size * config.grad_accumulation * config.seq_len
+    facts.add_row("steps", f"{config.steps:,} of {tokens:,} tokens, {config.schedule} schedule")
+    facts.add_row("output", str(output) + (f" (continues at step {step})" if step else ""))
+    console.print(facts)
+    console.print()
+    console.print(_table(optimizer))
+    console.print()
+    table = Table("planned memory", "bytes", box=None, pad_edge=False, header_style="bold")
+    table.columns[1].justify = "right"
+    for name, count in by_role(plan(model, optimizer)).items():
+        table.add_row(name, f"{count:,}")
+    console.print(table)
+    console.print()
+
+
+def _table(optimizer: LowRankOptimizer) -> Table:
+    """Which tensors are projected, layers that differ only in their number on one line."""
+    alike: dict[tuple[Any, ...], list[ParameterRow]] = {}
+    for row in optimizer.rows():
+        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", row.name).removesuffix(".weight")
+        alike.setdefault((name, row.shape, row.rank, row.side, row.lr), []).append(row)
+    projected = sum(len(rows) for key, rows in alike.items() if key[2] is not None)
+    table = Table(
+        *("parameter", "count", "shape", "rank", "lr", "state bytes"), box=None, pad_edge=False, header_style="bold"
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for (name, shape, rank, side, lr), rows in alike.items():
+        kept = f"{rank} {side}" if rank is not None else "dense"
+        state = f"{sum(row.state_bytes for row in rows):,}"
+        style = None if rank is not None else "dim"
+        table.add_row(name, str(len(rows)), "×".join(map(str, shape)), kept, f"{lr:.3g}", state, style=style)
+    table.caption = f"{projected} of {sum(map(len, alike.values()))} tensors projected"
+    table.caption_justify = "left"
+    return table
+
+
+def show_end(
+    console: Console,
+    summary: RunSummary,
+    planned: MemoryPlan,
+    measured: MemoryPlan,
+    prompt: str,
+    continuation: str,
+) -> None:
+    """Print planned against measured bytes, the results, a generated sample and the run folder."""
+    memory = Table("memory", "planned", "measured", box=None, pad_edge=False, header_style="bold")
+    for column in memory.columns[1:]:
+        column.justify = "right"
+    before, after = by_role(planned), by_role(measured)
+    for name in before | after:
+        values = [before.get(name, 0), after.get(name, 0)]
+        memory.add_row(name, *(f"{value:,}" for value in values), style=None if values[0] == values[1] else "yellow")
+    memory.add_row("peak in all", "", f"{summary.peak_memory_bytes:,}")
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold")
+    facts.add_row("validation", f"loss {summary.loss_text}, perplexity {summary.perplexity_text}")
+    facts.add_row("speed", f"{summary.tokens_per_second:,.0f} tokens/s over {summary.tokens:,} tokens")
+    if summary.skipped_steps:
+        facts.add_row("skipped", f"{summary.skipped_steps} steps of single tensors, for gradients that are not finite")
+    facts.add_row("run folder", summary.output)
+    sample = Text.assemble((prompt, "dim"), continuation)
+    console.print()
+    console.print(memory)
+    console.print(Panel(sample, title="sample: held-out text, continued by the model", title_align="left"))
+    console.print(Group(facts))
+
+
+def generate_sample(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, validation: PackedDataset, seed: int
+) -> tuple[str, str]:
+    """Continue the beginning of a held-out sequence by up to 64 tokens.
+
+    Returns:
+        The prompt and the continuation.
+    """
+    ids = validation.sequences[0].long()
+    prompt = ids[: max(1, min(32, ids.numel() // 2))].unsqueeze(0).to(model.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        output = model.eval().generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=64,
+            do_sample=True,
+            temperature=0.8,
+            top_k=50,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    length = prompt.shape[1]
+    texts = (output[0, :length], output[0, length:])
+    before, after = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in texts)
+    return before, after
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def finished_summary(output: Path, lines: list[dict[str, Any]]) -> RunSummary | None:
+    """Return the summary of a finished run from its metrics, or None when it is not finished."""
+    if not lines or "planned_state_bytes" not in lines[-1]:
+        return None
+    names = {setting.name for setting in dataclasses.fields(RunSummary)}
+    return RunSummary(output=str(output), finished=True, **{key: lines[-1][key] for key in names & lines[-1].keys()})

@@ -1,0 +1,191 @@
+"""The Hugging Face Trainer with whole checkpoints, an exact position and honest metrics."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from subspan.optim import LowRankOptimizer
+from subspan.train.config import PretrainConfig, write_text
+from subspan.train.data import StreamedDataset
+from subspan.train.optimizer import build_optimizer, check_optimizer
+
+__all__ = ["CHECKPOINT", "PROGRESS_FILE", "STAGING", "PretrainTrainer", "peak_memory_bytes"]
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+#: What the Trainer's own files do not hold; written last, so a checkpoint without it is not whole.
+PROGRESS_FILE = "progress.json"
+STAGING = ".incomplete"
+
+
+def peak_memory_bytes() -> int:
+    """Return the peak so far: allocated on the GPU where there is one, else the resident memory of the process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return int(memory.peak_wset)
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class PretrainTrainer(Trainer):
+    """Trainer that saves checkpoints whole or not at all and resumes to the very same numbers.
+
+    On top of the Trainer's own files a checkpoint holds `PROGRESS_FILE`: the losses not yet logged, the seconds
+    trained, the counted skips and the position in a streamed source.
+
+    Args:
+        config: resolved settings of the run.
+        progress: what `PROGRESS_FILE` of the checkpoint holds from which the run continues.
+        **kwargs: see `transformers.Trainer`.
+    """
+
+    def __init__(self, config: PretrainConfig, progress: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.config = config
+        self.progress = progress
+        self.seconds = 0.0
+        self.gradient_bytes = 0
+        self._mark = 0.0
+        self._staging = False
+        # The factory receives the model: only the model tells embeddings and the head from other matrices.
+        factory: Any = lambda: build_optimizer  # noqa: E731
+        super().__init__(optimizer_cls_and_kwargs=(factory, {"config": config}), **kwargs)
+        self.add_callback(_Bookkeeping(self))
+
+    @property
+    def low_rank_optimizer(self) -> LowRankOptimizer:
+        """The optimizer without accelerate's wrapper."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        assert isinstance(optimizer, LowRankOptimizer)
+        return optimizer
+
+    @property
+    def network(self) -> nn.Module:
+        """The model without a wrapper."""
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in an optimizer step."""
+        sequences = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return sequences * self.config.seq_len
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Create the optimizer through the Trainer and check that it is the one that was asked for."""
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if created:
+            check_optimizer(optimizer, self.config, self.network)
+        return optimizer
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add tokens, speed, memory and perplexity to what the Trainer logs."""
+        if "loss" in logs:
+            tokens = self.state.global_step * self.tokens_per_step
+            logs["tokens"] = tokens
+            logs["tokens_per_second"] = tokens / self.seconds if self.seconds else 0.0
+            logs["peak_memory_bytes"] = peak_memory_bytes()
+            logs["skipped_steps"] = self.low_rank_optimizer.skipped_steps
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = perplexity(logs["eval_loss"])
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate, outside the seconds that count as training."""
+        metrics = super().evaluate(*args, **kwargs)
+        self._mark = time.perf_counter()
+        return metrics
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, STAGING) if self._staging else folder
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write the checkpoint into a folder that is never resumed from, and rename it when it is complete."""
+        run = Path(str(self.args.output_dir))
+        shutil.rmtree(run / STAGING, ignore_errors=True)
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = False
+        name = f"checkpoint-{self.state.global_step}"
+        write_text(run / STAGING / name / PROGRESS_FILE, json.dumps(self.snapshot()))
+        if (run / name).exists():
+            shutil.rmtree(run / name)
+        os.replace(run / STAGING / name, run / name)
+        shutil.rmtree(run / STAGING)
+        saved = sorted((int(match[1]), path) for path in run.iterdir() if (match := CHECKPOINT.fullmatch(path.name)))
+        for _, path in saved[: -self.config.keep_checkpoints]:
+            shutil.rmtree(path)
+        self._mark = time.perf_counter()
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return what `PROGRESS_FILE` holds for the step that is reached."""
+        data = self.train_dataset
+        sequences = self.state.global_step * self.tokens_per_step // self.config.seq_len
+        return {
+            "loss_sum": self._tr_loss.item(),
+            "last_logged_step": self._globalstep_last_logged,
+            "seconds": self.seconds,
+            "skipped_steps": self.low_rank_optimizer.skipped_steps,
+            "state_bytes": self.low_rank_optimizer.state_bytes(),
+            "planned_state_bytes": self.low_rank_optimizer.planned_state_bytes(),
+            "gradient_bytes": self.gradient_bytes,
+            "stream": data.state_at(sequences) if isinstance(data, StreamedDataset) else None,
+        }
+
+
+class _Bookkeeping(TrainerCallback):
+    """Restores what the Trainer forgets between sessions, and measures seconds and gradients."""
+
+    def __init__(self, trainer: PretrainTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self.trainer
+        if (progress := trainer.progress) is not None:
+            # Without these two the first loss that is logged after resuming would be the mean over fewer steps.
+            trainer._tr_loss = torch.tensor(progress["loss_sum"], device=args.device)
+            trainer._globalstep_last_logged = progress["last_logged_step"]
+            trainer.seconds = progress["seconds"]
+            trainer.low_rank_optimizer.skipped_steps = progress["skipped_steps"]
+            # The state of the checkpoint holds the intervals of the session that wrote it.
+            state.compute_steps(args, state.max_steps)
+        trainer._mark = time.perf_counter()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self.trainer.gradient_bytes:
+            gradients = [p.grad for p in self.trainer.network.parameters() if p.grad is not None]
+            self.trainer.gradient_bytes = sum(gradient.untyped_storage().nbytes() for gradient in gradients)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        self.trainer.seconds += now - self.trainer._mark
+        self.trainer._mark = now
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss), infinite where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
