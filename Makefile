@@ -35,7 +35,7 @@ check: $(VENV)/.installed-dev
 	$(PYTEST) -m "not slow"
 
 docs: $(VENV)/.installed-docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache site
