@@ -109,15 +109,18 @@ def _unpack(path: Path) -> bytes:
     if suffix == ".zst":
         import zstandard
 
+        frames = []
+        rest, whole = raw, True
         try:
-            with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(raw), read_across_frames=True) as reader:
-                unpacked = reader.read()
+            while rest and whole:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+                frames.append(frame.decompress(rest))
+                rest, whole = frame.unused_data, frame.eof
         except zstandard.ZstdError as error:
             raise ValueError(f"{path} is not a whole zstandard file ({error}); copy or download it again.") from error
-        if raw and not unpacked:
-            # The reader ends silently on a truncated frame.
+        if not whole:
             raise ValueError(f"{path} is not a whole zstandard file; copy or download it again.")
-        return unpacked
+        return b"".join(frames)
     return raw
 
 

@@ -117,7 +117,7 @@ class StreamedDataset(IterableDataset[dict[str, torch.Tensor]]):
         documents = iter(source)
         empty_passes = 0
         while True:
-            self._blocks.append({**position, "source": source.state_dict(), "rest": list(rest)})
+            self._blocks.append({**position, "rest": rest})
             block, ended = self._read(documents)
             empty_passes = 0 if block else empty_passes + 1
             if empty_passes > 1:
@@ -137,6 +137,8 @@ class StreamedDataset(IterableDataset[dict[str, torch.Tensor]]):
             if ended:
                 source = self._open()
                 documents = iter(source)
+            # Not before the first block: a source that has only just been given a state does not return it.
+            position["source"] = None if ended else source.state_dict()
 
     def _read(self, documents: Iterator[dict[str, Any]]) -> tuple[list[str], bool]:
         block: list[str] = []

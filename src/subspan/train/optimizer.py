@@ -13,6 +13,11 @@ from subspan.train.config import PretrainConfig
 
 __all__ = ["build_optimizer", "check_optimizer", "projected_names", "resolve"]
 
+#: What `build_optimizer` takes from settings of the run.
+_OWN_SETTINGS = frozenset(
+    {"lr", "weight_decay", "seed", "rank", "target_modules", "exclude", "lr_scale", "other_lr_scale"}
+)
+
 
 def resolve(config: PretrainConfig, hidden_size: int) -> PretrainConfig:
     """Fill in the settings that depend on the method and the model: `lr`, `rank` and ``update_proj_gap``.
@@ -50,6 +55,8 @@ def build_optimizer(model: nn.Module, config: PretrainConfig) -> LowRankOptimize
         ValueError: settings that the method does not have, or nothing to project.
     """
     settings = dict(config.optimizer)
+    if taken := sorted(settings.keys() & _OWN_SETTINGS):
+        raise ValueError(f"optimizer: {', '.join(taken)} is a setting of the run; give --{taken[0]} instead.")
     if config.rank is not None:
         settings["rank"] = config.rank
     try:
@@ -66,7 +73,7 @@ def build_optimizer(model: nn.Module, config: PretrainConfig) -> LowRankOptimize
             **settings,
         )
     except TypeError as error:
-        raise ValueError(f"optimizer settings {settings} do not suit {config.method!r}: {error}") from error
+        raise ValueError(f"optimizer: {error}") from error
 
 
 def projected_names(optimizer: LowRankOptimizer) -> list[str]:
