@@ -117,7 +117,7 @@ class StreamedDataset(IterableDataset[dict[str, torch.Tensor]]):
         documents = iter(source)
         empty_passes = 0
         while True:
-            self._blocks.append({**position, "rest": rest})
+            self._blocks.append({**position, "rest": list(rest)})
             block, ended = self._read(documents)
             empty_passes = 0 if block else empty_passes + 1
             if empty_passes > 1:
