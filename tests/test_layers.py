@@ -64,7 +64,8 @@ def _module_name(path: Path, source: Path) -> str:
 
 
 def _layer(module: str) -> str:
-    return module.split(".")[1] if "." in module else ""
+    layer = module.split(".")[1] if "." in module else ""
+    return "cli" if layer == "__main__" else layer  # python -m subspan is the command line
 
 
 def _imports(path: Path, module: str, modules: dict[str, Path]) -> Iterator[Import]:
@@ -142,6 +143,7 @@ def test_what_is_allowed(tmp_path: Path) -> None:
         "optim/a.py": "from subspan.linalg.a import x\nfrom subspan.optim import b\nimport subspan",
         "optim/b.py": "def f():\n    import numpy\n    from subspan.optim.a import x",
         "optim/c.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import transformers",
+        "__main__.py": "from subspan.cli.main import main\nmain()",
         "train/a.py": "import transformers\nfrom ..optim import a, b\nfrom subspan import __version__",
     }
     assert violations(_plant(tmp_path, files)) == []
