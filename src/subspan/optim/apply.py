@@ -11,7 +11,7 @@ from subspan.optim.tiling import tiles
 
 
 def apply_update(W: Tensor, G: Tensor, projection: Projection, update: Update, *, beta: float, alpha: float) -> None:
-    """W <- beta·W + alpha·(P·low_rank + gain∘G + residual(G − P·projected)), in place.
+    """W <- beta·W + alpha·(factor·P·low_rank + gain∘G + residual(G − P·projected)), in place.
 
     Weights in float32 or float64 take decay and back-projection in one ``addmm_`` and the gain in one ``addcmul_``.
     Other dtypes, and a non-linear residual, go through row tiles: computed in float32, rounded once.
@@ -25,7 +25,7 @@ def apply_update(W: Tensor, G: Tensor, projection: Projection, update: Update, *
     """
     if W.dtype in (torch.float32, torch.float64) and update.residual is None:
         if update.low_rank is not None:
-            projection.add_back_(W, update.low_rank, beta=beta, alpha=alpha)
+            projection.add_back_(W, update.low_rank, beta=beta, alpha=alpha * update.factor)
         elif beta != 1.0:
             W.mul_(beta)
         if update.gain is not None:
@@ -38,7 +38,7 @@ def apply_update(W: Tensor, G: Tensor, projection: Projection, update: Update, *
         if beta != 1.0:
             w = w * beta
         if update.low_rank is not None:
-            w = w.add(projection.back(update.low_rank, tile, W), alpha=alpha)
+            w = w.add(projection.back(update.low_rank, tile, W), alpha=alpha * update.factor)
         if update.gain is not None or update.residual is not None:
             g = tile.of(G).to(dtype)
             if update.gain is not None:

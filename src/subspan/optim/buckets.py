@@ -19,7 +19,11 @@ _STACK = 1 << 22
 
 @dataclass(frozen=True)
 class Task:
-    """One projected parameter in this step."""
+    """One projected parameter in this step.
+
+    ``projected`` is R where the refresh gave it; ``screened`` is False while R has still to show whether the gradient
+    is finite.
+    """
 
     name: str
     parameter: Tensor
@@ -30,6 +34,7 @@ class Task:
     age: int
     state: State
     projected: Tensor | None = None
+    screened: bool = True
 
 
 def buckets(tasks: Iterable[Task]) -> list[list[Task]]:
@@ -39,10 +44,18 @@ def buckets(tasks: Iterable[Task]) -> list[list[Task]]:
     for task in tasks:
         geometry = task.geometry
         elements = geometry.m * geometry.n
-        if geometry.batch or task.projected is not None or elements > _STACKABLE or geometry.rank in (0, geometry.m):
+        if geometry.batch or elements > _STACKABLE or geometry.rank in (0, geometry.m):
             result.append([task])
             continue
-        key = (id(task.group), geometry, task.right, task.age, task.parameter.dtype, task.parameter.device)
+        key = (
+            id(task.group),
+            task.screened,
+            geometry,
+            task.right,
+            task.age,
+            task.parameter.dtype,
+            task.parameter.device,
+        )
         stack = stacks.setdefault(key, [])
         if not stack:
             result.append(stack)

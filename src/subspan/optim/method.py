@@ -28,7 +28,7 @@ from subspan.state import StateSpec
 
 State = dict[str, Tensor]
 Group = Mapping[str, Any]
-Roster = tuple[tuple[str, int], ...]
+Roster = tuple[tuple[str, int], ...]  # (name, elements) of every projected parameter
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,12 @@ class Subspace(ABC):
 
     #: False for projections whose columns are not orthonormal: they cannot be rotated or projected back.
     orthonormal: ClassVar[bool] = True
+    #: False when R leaves out entries of the gradient, so that NaN and Inf in them do not show in R.
+    sees_all: ClassVar[bool] = True
     #: False when the tensors are not kept but found again, from the same generator, at every step.
     stored: bool = True
 
-    def rank(self, m: int, group: Group, *, name: str, refreshes: int, roster: Roster) -> int:
+    def rank(self, m: int, group: Group, *, name: str, refreshes: int, roster: Callable[[], Roster]) -> int:
         """Number of directions for a projected side of ``m``: the group's ``rank``, or its ``density`` times ``m``."""
         if group["rank"] is not None:
             return min(group["rank"], m)
@@ -144,16 +146,18 @@ class Inner(ABC):
 
 @dataclass(frozen=True)
 class Update:
-    """A weight step D = P·low_rank + gain∘G + residual(G − P·projected), never formed as an m×n tensor.
+    """A weight step D = factor·P·low_rank + gain∘G + residual(G − P·projected), never formed as an m×n tensor.
 
     Args:
         low_rank: (..., r, n) or None.
+        factor: of ``low_rank``.
         gain: broadcasts against G, or None.
         residual: element-wise function of the part of the gradient outside the subspace, or None.
         projected: (..., r, n), needed with ``residual``.
     """
 
     low_rank: Tensor | None = None
+    factor: float = 1.0
     gain: Tensor | None = None
     residual: Callable[[Tensor], Tensor] | None = None
     projected: Tensor | None = None

@@ -23,7 +23,7 @@ from subspan.optim.method import Geometry, Method, Roster, State, Step
 from subspan.optim.param_groups import GROUPING, param_groups
 from subspan.optim.projection import drop_round_off
 from subspan.optim.refresh import place_in_period
-from subspan.optim.screen import Work, nonfinite_gradients
+from subspan.optim.screen import nonfinite_gradients, unseen_nonfinite
 from subspan.optim.table import ParameterRow, format_table
 from subspan.state import StateSpec
 
@@ -62,8 +62,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
             raise ValueError(f"nonfinite={nonfinite!r}: choose 'skip' or 'raise'")
         grouping = grouping or {}
         for name in grouping.keys() - GROUPING:
-            known = [*inspect.signature(type(self).__init__).parameters, *GROUPING]
-            raise TypeError(unknown_setting(name, set(known) - {"self", "grouping", "settings"}, "setting"))
+            recipes = [kind for kind in type(self).__mro__ if issubclass(kind, LowRankOptimizer)][:-1]
+            known = {key for kind in recipes for key in inspect.signature(kind.__init__).parameters} | GROUPING
+            raise TypeError(unknown_setting(name, known - {"self", "params", "grouping", "settings"}, "setting"))
         if isinstance(params, nn.Module):
             params = param_groups(params, **grouping)
         elif grouping:
@@ -136,7 +137,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         assert self.method.subspace is not None
         right = self._right(parameter, group)
         *batch, m, n = oriented(parameter, right).shape
-        rank = self.method.subspace.rank(m, group, name=name, refreshes=refreshes, roster=self._roster())
+        rank = self.method.subspace.rank(m, group, name=name, refreshes=refreshes, roster=self._roster)
         return Geometry(tuple(batch), m, n, rank, state_dtype(parameter))
 
     @staticmethod
@@ -253,59 +254,80 @@ class LowRankOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._rebind()
-        tasks: list[Task] = []
-        for name, parameter, group in self._finite():
-            task = self._prepare(name, parameter, group)
-            if task is not None:
-                tasks.append(task)
-        for bucket in buckets(tasks):
-            self._step_bucket(bucket)
-        return loss
-
-    def _finite(self) -> list[Work]:
-        """Parameters whose gradients exist and are finite; nothing has been changed when this returns or raises."""
         work = [
             (name, parameter, group)
             for group in self.param_groups
             for name, parameter in self._named(group)
             if parameter.grad is not None and parameter.numel() > 0
         ]
-        bad = nonfinite_gradients(work)
+        unscreened = {item[0] for item in work if self._shown_by_projection(*item)}
+        bad = nonfinite_gradients([item for item in work if item[0] not in unscreened])
         if bad and self.nonfinite == "raise":
             raise FloatingPointError(f"{', '.join(bad[:5])}: the gradient holds NaN or Inf; nothing was changed")
         for name in bad:
-            self.skipped_steps += 1
-            if name not in self._warned:
-                self._warned.add(name)
-                warnings.warn(
-                    f"{name}: the gradient holds NaN or Inf; this parameter and its state are left alone in this step "
-                    "(counted in skipped_steps; shown once for each parameter)",
-                    RuntimeWarning,
-                    stacklevel=4,
-                )
-        return [item for item in work if item[0] not in bad] if bad else work
+            self._skip(name)
+        tasks: list[Task] = []
+        for name, parameter, group in work:
+            if name not in bad:
+                task = self._prepare(name, parameter, group, screened=name not in unscreened)
+                if task is not None:
+                    tasks.append(task)
+        for bucket in buckets(tasks):
+            self._step_bucket(bucket)
+        return loss
 
-    def _prepare(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Task | None:
-        """Advance the clock of one parameter; step it when it is dense, else refresh its subspace if that is due."""
-        state = self._ensure_state(name, parameter, group)
-        previous = int(state["step"])
-        state["step"] += 1
+    def _shown_by_projection(self, name: str, parameter: Tensor, group: dict[str, Any]) -> bool:
+        """Whether R will show that the gradient is not finite, early enough and without a look at the gradient.
+
+        Not where nothing may be changed before all gradients are known, not where a look at R would wait for a device,
+        and not where the gradient is used otherwise than through a projection that sees all of it.
+        """
+        state = self.state.get(parameter)
+        if self.nonfinite == "raise" or parameter.device.type != "cpu" or not state or not is_projected(group):
+            return False
+        assert self.method.subspace is not None
         geometry = self._geometry(name, parameter, group, self._refreshes(parameter))
-        assert parameter.grad is not None
+        due = int(state["step"]) >= int(state["next_refresh"])
+        return geometry is not None and geometry.projected and self.method.subspace.sees_all and not due
+
+    def _skip(self, name: str) -> None:
+        self.skipped_steps += 1
+        if name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(
+                f"{name}: the gradient holds NaN or Inf; this parameter and its state are left alone in this step "
+                "(counted in skipped_steps; shown once for each parameter)",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+
+    def _prepare(self, name: str, parameter: Tensor, group: dict[str, Any], *, screened: bool) -> Task | None:
+        """Step one parameter if it is dense or its subspace is due for a refresh; else return what is to be done."""
+        state = self._ensure_state(name, parameter, group)
+        step = int(state["step"])
         gradient = parameter.grad
+        assert gradient is not None
+        geometry = self._geometry(name, parameter, group, self._refreshes(parameter))
         if geometry is None:
+            state["step"] += 1
             beta, alpha = self._factors(group)
-            step_dense(self.method.inner, parameter, gradient, state, previous + 1, group, beta=beta, alpha=alpha)
+            step_dense(self.method.inner, parameter, gradient, state, step + 1, group, beta=beta, alpha=alpha)
             return None
+        assert self.method.transport is not None
         right = self._right(parameter, group)
+        due = step >= int(state["next_refresh"])
         projected = None
-        if previous >= int(state["next_refresh"]):
-            projected = self._refresh(name, parameter, oriented(gradient, right), group, previous)
+        if due:
+            projected = self._refresh(name, parameter, oriented(gradient, right), group, step)
             geometry = self._geometry(name, parameter, group, self._refreshes(parameter))
             assert geometry is not None
-        assert self.method.transport is not None
-        age = self.method.transport.age(state, previous + 1)
-        return Task(name, parameter, gradient, group, geometry, right, age, state, projected)
+        age = self.method.transport.age(state, step + 1)
+        task = Task(name, parameter, gradient, group, geometry, right, age, state, projected, screened)
+        if not due:
+            return task
+        # At once, so that the projected gradients of a refresh of all parameters are not held together.
+        self._step_bucket([task])
+        return None
 
     def _refresh(self, name: str, parameter: Tensor, G: Tensor, group: dict[str, Any], step: int) -> Tensor | None:
         """Choose the subspace anew and carry the moments over; returns this step's projected gradient if known."""
@@ -323,7 +345,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 state[key] = spec.allocate(parameter.device)
         projected = None
         new: State = {}
-        if 0 < geometry.rank < geometry.m:
+        if geometry.projected:
             generator = seeded_generator(self.seed, name, refreshes)
             found = method.subspace.find(DenseOperator(G), geometry, generator=generator, step=step, group=group)
             new, projected = (found.tensors if method.subspace.stored else {}), found.projected
@@ -351,6 +373,15 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
         projection = method.projection(tensors, geometry)
         R = projection.project(G) if first.projected is None else drop_round_off(first.projected, G)
+        if not first.screened:
+            unseen = unseen_nonfinite(R, [task.gradient for task in bucket])
+            if unseen:
+                for position in unseen:
+                    self._skip(bucket[position].name)
+                rest = [task for position, task in enumerate(bucket) if position not in unseen]
+                return self._step_bucket(rest) if rest else None
+        for task in bucket:
+            task.state["step"] += 1
         U = method.inner.direction(R, tensors, first.age, group) if geometry.rank > 0 else R
         correction = method.inner.correction(first.age, group)
         update = method.lift.lift(Step(G, R, U, projection, tensors, group, correction))

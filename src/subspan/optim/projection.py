@@ -87,10 +87,10 @@ def drop_round_off(R: Tensor, G: Tensor) -> Tensor:
     root = math.sqrt(G.shape[-2])
     floor = max(torch.finfo(R.dtype).eps * root, 2.0 * torch.finfo(G.dtype).eps / root)
     norms = torch.linalg.vector_norm(R, dim=-1, keepdim=True)
-    keep = norms > floor * torch.linalg.vector_norm(norms, dim=-2, keepdim=True)
+    threshold = floor * torch.linalg.vector_norm(norms, dim=-2, keepdim=True)
     # On a CPU asking is cheaper than the multiplication; on a device it would wait for the stream.
-    if R.device.type != "cpu" or not bool(keep.all()):
-        R.mul_(keep)
+    if R.device.type != "cpu" or bool((norms.amin(-2, keepdim=True) <= threshold).any()):
+        R.mul_(norms > threshold)
     return R
 
 

@@ -38,5 +38,6 @@ def place_in_period(name: str, roster: Roster) -> float:
         >>> place_in_period("b", (("b", 30), ("a", 10)))
         0.25
     """
-    before = sum(elements for other, elements in roster if natural_key(other) < natural_key(name))
+    key = natural_key(name)
+    before = sum(elements for other, elements in roster if natural_key(other) < key)
     return before / sum(elements for _, elements in roster)

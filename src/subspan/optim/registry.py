@@ -21,7 +21,7 @@ class MethodInfo:
 
     Args:
         name: registry name.
-        cls: its optimizer class.
+        optimizer: its class.
         title: the paper's spelling.
         arxiv: number of the paper.
         summary: one line.
@@ -30,7 +30,7 @@ class MethodInfo:
     """
 
     name: str
-    cls: type[LowRankOptimizer]
+    optimizer: type[LowRankOptimizer]
     title: str
     arxiv: str
     summary: str
@@ -96,4 +96,4 @@ def create_optimizer(name: str, params: Params, **settings: Any) -> LowRankOptim
         >>> create_optimizer("galore", model, rank=8, lr=1e-2).method.name
         'galore'
     """
-    return method_info(name).cls(params, **settings)  # type: ignore[arg-type]
+    return method_info(name).optimizer(params, **settings)  # type: ignore[arg-type]

@@ -38,3 +38,18 @@ def nonfinite_gradients(work: list[Work]) -> list[str]:
     finite = torch.stack(sums).isfinite().tolist()
     suspects = [(name, parameter.grad) for (name, parameter, _), good in zip(work, finite, strict=True) if not good]
     return [name for name, gradient in suspects if gradient is not None and not bool(gradient.isfinite().all())]
+
+
+def unseen_nonfinite(R: Tensor, gradients: list[Tensor]) -> list[int]:
+    """Positions of the gradients that hold NaN or Inf, found from their projections at next to no price.
+
+    Every entry of G enters one column of R = PᵀG and all rows of it, so one row of R shows whether there is any; only
+    where it is not finite, which an overflow also causes, are the elements of G looked at.
+
+    Args:
+        R: (..., r, n), or (k, r, n) stacked from k gradients.
+        gradients: the gradient behind ``R``, or all k of them.
+    """
+    if bool(R.select(-2, 0).isfinite().all()):
+        return []
+    return [position for position, gradient in enumerate(gradients) if not bool(gradient.isfinite().all())]

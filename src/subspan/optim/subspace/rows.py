@@ -22,6 +22,7 @@ class Rows(Subspace):
     """
 
     orthonormal: ClassVar[bool] = False
+    sees_all: ClassVar[bool] = False
 
     def specs(self, geometry: Geometry) -> dict[str, StateSpec]:
         return {"rows": StateSpec((*geometry.batch, geometry.rank), torch.int64)}
