@@ -34,7 +34,7 @@ def resolve(config: PretrainConfig, hidden_size: int) -> PretrainConfig:
         64
     """
     info = method_info(config.method)
-    defaults = inspect.signature(info.cls).parameters
+    defaults = inspect.signature(info.optimizer).parameters
     if info.size is None and config.rank is not None:
         raise ValueError(f"rank is {config.rank}, but the method {config.method!r} projects nothing; leave rank out.")
     rank = config.rank

@@ -162,6 +162,7 @@ def _trainer(
         warmup_steps=round(config.warmup * config.steps) if config.warmup < 1 else int(config.warmup),
         max_grad_norm=config.max_grad_norm,
         bf16=config.dtype == "amp",
+        use_cpu=not torch.accelerator.is_available(),
         eval_strategy="steps",
         eval_steps=config.eval_every or config.steps,
         prediction_loss_only=True,
