@@ -23,13 +23,10 @@ SHAPES = {"wide": (48, 96), "tall": (96, 48), "square": (64, 64)}
 
 
 def signed_svd(A: torch.Tensor, full_matrices: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """SVD whose signs are canonical on the side that galore-torch projects: the short one, the right one of a square."""
+    """SVD with canonical signs on the side that galore-torch projects: the short one, the right one of a square."""
     U, S, Vh = torch.linalg.svd(A, full_matrices=full_matrices)
     k = S.numel()
-    if A.shape[0] >= A.shape[1]:
-        signs = canonical_signs(Vh.mT).squeeze(0)
-    else:
-        signs = canonical_signs(U).squeeze(0)
+    signs = canonical_signs(Vh.mT if A.shape[0] >= A.shape[1] else U).squeeze(0)
     U, Vh = U.clone(), Vh.clone()
     U[:, :k] *= signs[:k]
     Vh[:k] *= signs[:k, None]
@@ -37,7 +34,7 @@ def signed_svd(A: torch.Tensor, full_matrices: bool = True) -> tuple[torch.Tenso
 
 
 def follow(shape: tuple[int, int], *, steps: int, gap: int, rank: int, seed: int) -> dict[str, float]:
-    """Train two copies of one matrix on the same noisy quadratic; return how far they come apart and how far they move."""
+    """Train two copies of a matrix on one noisy quadratic; return how far they come apart and how far they move."""
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(shape, generator=generator)
     # Well separated singular values: where two nearly agree, rounding alone decides which direction is kept.
