@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from typing import Any
 
@@ -59,24 +60,26 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> RunSu
     folder = open_run_folder(config)
     data, model = _load(config, console)
     config = resolve(config, _hidden_size(model))
-    changed_versions = folder.write_config(config)
+    changed_versions = folder.check(config, data)
     finished = finished_summary(folder.path, MetricsFile.read(folder.metrics))
     if finished is not None and finished.step == folder.step == config.steps:
         console.print(f"The run in {folder.path} is finished: perplexity {finished.perplexity_text}.")
         return finished
-    folder.check_data(data)
+
+    trainer = _trainer(config, folder, data, model)
+    trainer.create_optimizer()
+    planned = plan(model, trainer.low_rank_optimizer)
+    # Nothing is written before all that can be refused has been looked at.
+    folder.write(config, data)
+    metrics = MetricsFile(folder.metrics, folder.step)
+    trainer.add_callback(ProgressCallback(console))
+    trainer.add_callback(MetricsCallback(metrics))
+    show_start(console, config, model, trainer.low_rank_optimizer, data, folder.path, folder.step)
     if changed_versions:
         console.print(
             f"[yellow]Not the versions that the run was started with ({'; '.join(changed_versions)}): "
             "the numbers may differ in the last digits.[/]"
         )
-
-    metrics = MetricsFile(folder.metrics, folder.step)
-    trainer = _trainer(config, folder, data, model, metrics, console)
-    trainer.create_optimizer()
-    optimizer = trainer.low_rank_optimizer
-    planned = plan(model, optimizer)
-    show_start(console, config, model, optimizer, data, folder.path, folder.step)
 
     progress, losses = folder.progress(), folder.losses()
     if folder.step < config.steps:
@@ -94,12 +97,14 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> RunSu
     assert progress is not None
     eval_loss = next(entry["eval_loss"] for entry in reversed(losses) if "eval_loss" in entry)
     summary = _summary(trainer, folder, config.steps, progress, eval_loss, None)
-    prompt, continuation = generate_sample(model, data.tokenizer, data.validation, config.seed)
-    write_text(folder.path / "sample.txt", f"{prompt}{continuation}\n")
+    sample = None
+    if math.isfinite(eval_loss):
+        sample = generate_sample(model, data.tokenizer, data.validation, config.seed)
+        write_text(folder.path / "sample.txt", f"{''.join(sample)}\n")
     last_line = dataclasses.asdict(summary)
     metrics.write({key: value for key, value in last_line.items() if key not in ("output", "finished", "signal")})
     measured = measured_bytes(model, progress["gradient_bytes"], progress["state_bytes"])
-    show_end(console, summary, planned, measured, prompt, continuation)
+    show_end(console, summary, planned, measured, sample)
     return summary
 
 
@@ -136,14 +141,7 @@ def _hidden_size(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().hidden_size)
 
 
-def _trainer(
-    config: PretrainConfig,
-    folder: RunFolder,
-    data: TextData,
-    model: PreTrainedModel,
-    metrics: MetricsFile,
-    console: Console,
-) -> PretrainTrainer:
+def _trainer(config: PretrainConfig, folder: RunFolder, data: TextData, model: PreTrainedModel) -> PretrainTrainer:
     progress = folder.progress()
     streamed = isinstance(data.train, StreamedDataset)
     if isinstance(data.train, StreamedDataset) and progress is not None:
@@ -194,8 +192,6 @@ def _trainer(
         data_collator=default_data_collator,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ProgressCallback(console))
-    trainer.add_callback(MetricsCallback(metrics))
     return trainer
 
 

@@ -59,17 +59,18 @@ class RunFolder:
             return []
         return json.loads((self.checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
 
-    def write_config(self, config: PretrainConfig) -> list[str]:
-        """Write the resolved settings and the library versions, or compare them with those of the run so far.
+    def check(self, config: PretrainConfig, data: TextData) -> list[str]:
+        """Compare the settings, the data and the library versions with those of the run so far; writes nothing.
 
         Args:
             config: resolved settings.
+            data: what it trains on.
 
         Returns:
             Versions that changed since the run was started; bit-equal numbers are then not promised.
 
         Raises:
-            ValueError: the settings differ in a way that changes the training.
+            ValueError: the settings differ in a way that changes the training, or the data is no longer the same.
         """
         file = self.path / CONFIG_FILE
         if file.exists() and (differing := differences(read_config(file), config)):
@@ -77,37 +78,28 @@ class RunFolder:
                 f"{self.path} holds a run with other settings ({'; '.join(differing)}). Continue it with its own: "
                 f"subspan pretrain --config {file} --resume auto; or choose another --output."
             )
-        settings = dataclasses.replace(config, output=str(self.path), resume="auto")
-        write_text(file, settings.to_yaml())
-        versions = _versions()
-        file = self.path / VERSIONS_FILE
-        if not file.exists():
-            write_text(file, json.dumps(versions, indent=2) + "\n")
+        if self.checkpoint is None:
             return []
-        before = json.loads(file.read_text(encoding="utf-8"))
-        return [
-            f"{name}: {before.get(name)} -> {version}"
-            for name, version in versions.items()
-            if before.get(name) != version
-        ]
+        if changed := _changed(self.path / DATA_FILE, _fingerprint(data)):
+            raise ValueError(
+                f"the data of the run in {self.path} has changed ({', '.join(changed)}), so it cannot be continued "
+                "exactly. Bring the data back as it was, or start a new run with another --output."
+            )
+        versions = _changed(self.path / VERSIONS_FILE, _versions())
+        return [f"{name}: {before} -> {now}" for name, (before, now) in versions.items()]
 
-    def check_data(self, data: TextData) -> None:
-        """Write a fingerprint of the data, or compare it with that of the run so far.
+    def write(self, config: PretrainConfig, data: TextData) -> None:
+        """Write the resolved settings, and for a run that starts the library versions and a fingerprint of the data."""
+        settings = dataclasses.replace(config, output=str(self.path), resume="auto")
+        write_text(self.path / CONFIG_FILE, settings.to_yaml())
+        if self.checkpoint is None:
+            write_text(self.path / VERSIONS_FILE, json.dumps(_versions(), indent=2) + "\n")
+            write_text(self.path / DATA_FILE, json.dumps(_fingerprint(data), indent=2) + "\n")
 
-        Raises:
-            ValueError: the data is no longer the same.
-        """
-        fingerprint = _fingerprint(data)
-        file = self.path / DATA_FILE
-        if file.exists() and self.checkpoint is not None:
-            before = json.loads(file.read_text(encoding="utf-8"))
-            if before != fingerprint:
-                changed = ", ".join(key for key in fingerprint if before.get(key) != fingerprint[key])
-                raise ValueError(
-                    f"the data of the run in {self.path} has changed ({changed}), so it cannot be continued exactly. "
-                    "Bring the data back as it was, or start a new run with another --output."
-                )
-        write_text(file, json.dumps(fingerprint, indent=2) + "\n")
+
+def _changed(file: Path, now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    before = json.loads(file.read_text(encoding="utf-8"))
+    return {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
 
 
 def open_run_folder(config: PretrainConfig) -> RunFolder:

@@ -149,10 +149,9 @@ def show_end(
     summary: RunSummary,
     planned: MemoryPlan,
     measured: MemoryPlan,
-    prompt: str,
-    continuation: str,
+    sample: tuple[str, str] | None,
 ) -> None:
-    """Print planned against measured bytes, the results, a generated sample and the run folder."""
+    """Print planned against measured bytes, the results, a generated sample (prompt, continuation) and the folder."""
     memory = Table("memory", "planned", "measured", box=None, pad_edge=False, header_style="bold")
     for column in memory.columns[1:]:
         column.justify = "right"
@@ -168,10 +167,13 @@ def show_end(
     if summary.skipped_steps:
         facts.add_row("skipped", f"{summary.skipped_steps} steps of single tensors, for gradients that are not finite")
     facts.add_row("run folder", summary.output)
-    sample = Text.assemble((prompt, "dim"), continuation)
     console.print()
     console.print(memory)
-    console.print(Panel(sample, title="sample: held-out text, continued by the model", title_align="left"))
+    if sample is None:
+        console.print("[red]The run diverged: its loss is not finite. A lower learning rate may help.[/]")
+    else:
+        text = Text.assemble((sample[0], "dim"), sample[1])
+        console.print(Panel(text, title="sample: held-out text, continued by the model", title_align="left"))
     console.print(Group(facts))
 
 
