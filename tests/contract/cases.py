@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,6 +52,10 @@ class Case:
             groups.append({"params": list(dense.items())})
         return groups
 
+    def dense(self, named: dict[str, Tensor], **settings: Any) -> Any:
+        """An optimizer that holds `named` without a projection, beside one projected matrix that gets no gradient."""
+        return self(self.groups({"idle.weight": nn.Parameter(torch.ones(6, 8))}, named), **settings)
+
 
 CASES = [Case(name, settings) for name in list_methods() for settings in [{}, *SETTINGS.get(name, [])]]
 LOW_RANK = [case for case in CASES if case.projects]
@@ -89,10 +94,14 @@ def random_matrix(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return U * torch.logspace(0, -2, len(S), dtype=torch.float64) @ Vh
 
 
+@functools.cache
+def _noise(name: str, shape: torch.Size, step: int, seed: int) -> Tensor:
+    return random_matrix(shape, torch.Generator().manual_seed(sum(name.encode()) * 1009 + step * 131 + seed))
+
+
 def gradient(name: str, W: Tensor, step: int, seed: int = 0) -> Tensor:
     """Gradient number `step` of the parameter `name`, float64: random, plus a little of W so that errors in W count."""
-    generator = torch.Generator().manual_seed(sum(name.encode()) * 1009 + step * 131 + seed)
-    return random_matrix(W.shape, generator) + 1e-3 * W.detach().double()
+    return _noise(name, W.shape, step, seed) + 1e-3 * W.detach().double()
 
 
 def set_gradients(named: dict[str, nn.Parameter], step: int, seed: int = 0) -> None:

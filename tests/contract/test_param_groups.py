@@ -181,6 +181,24 @@ def test_convolutions_by_pattern() -> None:
     assert torch.linalg.matrix_rank(change.double(), rtol=1e-4) == 4
 
 
+def test_a_one_dimensional_convolution_is_no_stack_of_experts() -> None:
+    """Its weight (out, in, width) has three dimensions: flattened as other kernels are, or refused."""
+    model = nn.Sequential(nn.Linear(12, 12), nn.Conv1d(12, 16, 3))
+    projected, _ = split(param_groups(model, rank=4))
+    assert projected == {"0.weight"}
+    try:
+        groups = param_groups(model, rank=4, target_modules=["1"])
+    except ValueError as error:
+        assert "1.weight" in str(error)
+        return
+    before = model[1].weight.detach().clone()
+    optimizer = GaLore(groups, lr=0.01)
+    set_gradients(dict(model.named_parameters()), 0)
+    optimizer.step()
+    change = (model[1].weight.detach() - before).flatten(1)
+    assert torch.linalg.matrix_rank(change.double(), rtol=1e-4) == 4
+
+
 def test_scales_and_decay_of_the_groups() -> None:
     model = llama()
     groups = param_groups(model, rank=4, lr_scale=0.5, other_lr_scale=2.0, update_proj_gap=50, scale=1.0)

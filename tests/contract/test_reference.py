@@ -18,7 +18,7 @@ from references.golore import GoLoreReference
 from references.parts import SGD, exact_basis, projects_left
 from torch import Tensor, nn
 
-from contract.cases import gradient, parameters
+from contract.cases import Case, gradient, parameters
 from subspan.linalg import gaussian_sketch, random_stiefel, range_finder, seeded_generator
 from subspan.optim import SGD as InnerSGD
 from subspan.optim import create_optimizer, list_methods
@@ -45,6 +45,10 @@ def counted(draw: Callable[[Tensor, int, torch.Generator], Tensor], seed: int = 
 
 def sketched(G: Tensor, rank: int, generator: torch.Generator) -> Tensor:
     return range_finder(G.float(), rank, generator=generator).basis
+
+
+def exact(G: Tensor, rank: int, generator: torch.Generator) -> Tensor:
+    return exact_basis(G, rank)
 
 
 def haar(G: Tensor, rank: int, generator: torch.Generator) -> Tensor:
@@ -150,15 +154,17 @@ def test_fira(shape: tuple[int, int], proj_type: str, official_code: bool) -> No
     follow("fira", reference, shape, keys, official_code=official_code, stagger=False)
 
 
-@pytest.mark.parametrize("limiter", [1.01, 1.5, None])
-def test_fira_limits_the_growth_of_the_residual(limiter: float | None) -> None:
+@pytest.mark.parametrize("limiter", [1.01, 1.5, float("inf")])
+def test_fira_limits_the_growth_of_the_residual(limiter: float) -> None:
     """Gradients of this reference vary enough from step to step for the limiter to act (asserted)."""
     keys = group("std")
-    limited, free = (FiraReference(find=exact_basis, limiter=gamma, **keys, **NUMBERS) for gamma in (limiter, None))
+    limited, free = (
+        FiraReference(find=exact_basis, limiter=gamma, **keys, **NUMBERS) for gamma in (limiter, float("inf"))
+    )
     W = V = torch.zeros(12, 20)
     for step in range(5):
         W, V = limited.step(W, gradient(NAME, W, step)), free.step(V, gradient(NAME, V, step))
-    assert torch.equal(W, V) == (limiter is None)
+    assert torch.equal(W, V) == (limiter == float("inf"))
     reference = FiraReference(find=counted(sketched), limiter=limiter, **keys, **NUMBERS)
     follow("fira", reference, (12, 20), {**keys, "limiter": limiter}, stagger=False)
 
@@ -181,7 +187,9 @@ def test_apollo_mini(shape: tuple[int, int], proj_type: str) -> None:
 
 
 @every_side
-@pytest.mark.parametrize(("subspace", "draw"), [("rows", some_rows), ("stiefel", haar), ("svd", sketched)])
+@pytest.mark.parametrize(
+    ("subspace", "draw"), [("rows", some_rows), ("stiefel", haar), ("svd", exact), ("randomized_svd", sketched)]
+)
 @pytest.mark.parametrize("sign_scale", [1.0, 0.3])
 def test_frugal(
     shape: tuple[int, int], proj_type: str, subspace: str, draw: Callable[..., Tensor], sign_scale: float
@@ -219,7 +227,7 @@ def test_frugal_blocks(density: float) -> None:
 @pytest.mark.parametrize("method", list_methods())
 def test_dense_parameters_follow_torch_adamw(method: str) -> None:
     ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 30).reshape(5, 6)) for _ in range(2))
-    optimizer = create_optimizer(method, [{"params": [("weight", ours)]}], eps=1e-8, **NUMBERS)
+    optimizer = Case(method, {}).dense({"weight": ours}, eps=1e-8, **NUMBERS)
     baseline = torch.optim.AdamW([theirs], eps=1e-8, **NUMBERS)
     for step in range(STEPS):
         for p, o in ((ours, optimizer), (theirs, baseline)):

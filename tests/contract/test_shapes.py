@@ -78,8 +78,8 @@ def test_a_convolution_equals_its_flattened_matrix(case: Case, shape: tuple[int,
 
 @pytest.mark.parametrize("case", LOW_RANK, ids=str)
 def test_channels_last_convolutions(case: Case) -> None:
-    plain = parameters({"a": (8, 6, 3, 3)})
-    last = {"a": nn.Parameter(plain["a"].detach().to(memory_format=torch.channels_last))}
+    plain = parameters({"a": (8, 6, 3, 3), "b": (8, 6, 3, 3)})
+    last = {name: nn.Parameter(p.detach().to(memory_format=torch.channels_last)) for name, p in plain.items()}
     assert not last["a"].is_contiguous()
     train(case(case.groups(plain)), plain, 6)
     train(case(case.groups(last)), last, 6)

@@ -234,6 +234,51 @@ def test_loading_other_parameters_is_an_error(case: Case) -> None:
 
 
 @every_case
+def test_loading_the_state_of_another_method_is_an_error(case: Case) -> None:
+    """GaLore's and GoLore's states have the same keys, shapes and dtypes."""
+    named = parameters()
+    optimizer = case(case.groups(named))
+    train(optimizer, named, 1)
+    saved = saved_and_loaded(optimizer.state_dict())
+    other = Case("golore", {}) if case.method == "galore" else Case("galore", {})
+    optimizer = other(other.groups(clone(named)))
+    with pytest.raises(ValueError, match=case.method):
+        optimizer.load_state_dict(saved)
+    assert not any(states(optimizer).values())
+
+
+@every_case
+@pytest.mark.parametrize("damage", ["shape", "dtype", "missing", "extra", "object", "group"])
+def test_loading_a_damaged_state_is_an_error_that_changes_nothing(case: Case, damage: str) -> None:
+    named = parameters()
+    optimizer = case(case.groups(named))
+    train(optimizer, named, 3)
+    saved = saved_and_loaded(optimizer.state_dict())
+    state = next(entry for entry in saved["state"].values() if "exp_avg" in entry)
+    if damage == "shape":
+        state["exp_avg"] = torch.zeros(3, 3)
+    elif damage == "dtype":
+        state["exp_avg"] = state["exp_avg"].to(torch.bfloat16)
+    elif damage == "missing":
+        del state["exp_avg_sq"]
+    elif damage == "extra":
+        state["surplus"] = torch.zeros(2)
+    elif damage == "object":
+        state["exp_avg"] = "no tensor"
+    else:
+        saved["param_groups"] = saved["param_groups"] * 2
+    resumed = clone(named)
+    again = case(case.groups(resumed))
+    again.load_state_dict(optimizer.state_dict())
+    with pytest.raises((ValueError, TypeError)):
+        again.load_state_dict(saved)
+    assert same_state(optimizer, again)
+    train(optimizer, named, range(3, 8))
+    train(again, resumed, range(3, 8))
+    assert identical(named, resumed)
+
+
+@every_case
 def test_loading_reads_parameters_by_name(case: Case) -> None:
     straight = parameters()
     optimizer = case(case.groups(straight))

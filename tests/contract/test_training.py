@@ -117,11 +117,11 @@ def test_learning_rate_zero_moves_nothing(case: Case) -> None:
 @every_case
 @pytest.mark.parametrize("tensor_lr", [False, True])
 def test_lr_scale_multiplies_and_schedulers_act_on_the_product(case: Case, tensor_lr: bool) -> None:
-    def run(lr: float, **keys: Any) -> tuple[dict[str, nn.Parameter], Any]:
+    def run(rate: float, **keys: Any) -> tuple[dict[str, nn.Parameter], Any]:
         named, rest = parameters(), parameters({"norm.weight": (24,)})
         groups = case.groups(named, rest)
         groups[0].update(keys)
-        optimizer = case(groups, lr=torch.tensor(lr) if tensor_lr else lr)
+        optimizer = case(groups, lr=torch.tensor(rate) if tensor_lr else rate)
         schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
         for step in range(6):
             train(optimizer, named | rest, range(step, step + 1))
@@ -193,7 +193,7 @@ def test_step_without_any_gradient_does_nothing(case: Case) -> None:
 @pytest.mark.parametrize("shape", [(), (5,), (1,)], ids=str)
 def test_vectors_and_scalars_without_a_rank(case: Case, shape: tuple[int, ...]) -> None:
     named = parameters({"bias": shape})
-    train(case([{"params": list(named.items())}]), named, 3)
+    train(case.dense(named), named, 3)
     assert difference(named, parameters({"bias": shape})) > 1e-3
 
 
@@ -210,9 +210,10 @@ def test_vectors_in_a_projected_group_are_an_error(case: Case, shape: tuple[int,
 @every_case
 def test_empty_group(case: Case) -> None:
     named, plain = parameters(), parameters()
-    optimizer = case([*case.groups(named), {"params": []}, {"params": [], **case.keys}])
+    groups: list[dict[str, Any]] = [{"params": list(named.values()), **case.keys}]
+    optimizer = case([*groups, {"params": []}, {"params": [], **case.keys}])
     train(optimizer, named, 3)
-    train(case(case.groups(plain)), plain, 3)
+    train(case([{"params": list(plain.values()), **case.keys}]), plain, 3)
     assert identical(named, plain)
     assert isinstance(optimizer.table(), str)
 
@@ -266,6 +267,27 @@ def test_add_param_group_during_training(case: Case) -> None:
         assert float(states(optimizer)["b"]["step"]) == 7 or case.method == "frugal"
 
 
+@pytest.mark.parametrize("density", [0.25, 0.5])
+def test_frugal_blocks_take_newcomers_into_their_turns(density: float) -> None:
+    """A group that comes in the middle of a period changes who is next, and never who holds moments now."""
+    shapes = {f"layers.{i}.weight": (8, 12) for i in range(4)}
+    named = parameters(shapes)
+    case = Case("frugal", {})
+    optimizer = case(case.groups(named, density=density))
+    train(optimizer, named, 2)
+    named |= parameters({f"layers.{i}.weight": (8, 12) for i in range(4, 9)})
+    late = {name: p for name, p in named.items() if name not in shapes}
+    optimizer.add_param_group(case.groups(late, density=density)[0])
+    for step in range(2, 30):
+        train(optimizer, named, range(step, step + 1))
+        held = {name for name, state in states(optimizer).items() if "exp_avg" in state}
+        for name, p in named.items():
+            assert set(optimizer.declared_state(p)) == set(optimizer.state[p]), (step, name)
+        assert optimizer.planned_state_bytes() == optimizer.state_bytes()
+        if step > 8:
+            assert len(held) == math.ceil(density * len(named)), step
+
+
 @every_case
 def test_two_parameters_of_one_name_are_an_error(case: Case) -> None:
     matrix = nn.Parameter(torch.ones(16, 24))
@@ -286,22 +308,23 @@ def test_set_to_none_and_zeroed_gradients_are_not_kept(case: Case) -> None:
         assert identical(before, {name: p.grad for name, p in named.items()})
 
 
-@every_case
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_weights_follow_the_fp32_run(case: Case, dtype: torch.dtype) -> None:
-    """One rounding a step: from equal weights, W is the rounded fp32 result, up to one unit in the last place."""
+def test_low_precision_weights_are_rounded_once(case: Case, dtype: torch.dtype) -> None:
+    """From equal weights and gradients, W is the fp32 result rounded to nearest: not decay and update one by one."""
+    if case.method in {"galore", "fira"}:  # a sketch is a product in the gradient's dtype; the exact basis is not
+        case = Case(case.method, {**case.settings, "svd": "exact"})
     low = parameters(dtype=dtype)
     high = {name: nn.Parameter(p.detach().float()) for name, p in low.items()}
+    start = clone(high)
     one, other = case(case.groups(low), weight_decay=0.1), case(case.groups(high), weight_decay=0.1)
     for name, p in low.items():
         p.grad = gradient(name, p, 0).to(dtype)
         high[name].grad = p.grad.float()
     one.step()
     other.step()
+    assert difference(high, start) > 1e-3
     for name, p in low.items():
-        moved = (high[name] - parameters(dtype=dtype)[name].float()).abs().max()
-        gap = (p.float() - high[name]).abs()
         ulp = torch.finfo(dtype).eps * high[name].abs().clamp_min(2**-14)
-        assert moved > 1e-3
-        assert (gap <= ulp + 0.05 * moved).all(), name
-        assert (gap <= 0.51 * ulp + 1e-6).float().mean() > 0.9, name  # nearest rounding, once
+        half = (p.float() - high[name]).abs() / ulp
+        assert half.max() < 0.6, name  # 0.5, and the rounding of the projection in the gradient's dtype

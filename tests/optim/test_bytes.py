@@ -16,6 +16,7 @@ SHORT, LONG, RANK = 24, 40, 6
 FP32 = 4
 STEP = 4  # step: 0-D float32
 CLOCK = 8 + 8  # next_refresh and refreshes: 0-D int64
+RESET = 8  # reset_step: 0-D int64, where the bias correction counts from the last refresh
 MOMENTS = 2 * LONG * RANK * FP32
 BASIS = SHORT * RANK * FP32
 NORM = FP32
@@ -36,9 +37,9 @@ FORMULAS: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
         2 * LONG * FP32 + NORM + STEP + CLOCK,
     ),
     # rows are remembered by their int64 indices
-    "frugal rows": ("frugal", {"density": 0.25}, {"subspace": "rows"}, 6 * 8 + MOMENTS + STEP + CLOCK),
-    "frugal svd": ("frugal", {"density": 0.25}, {"subspace": "svd"}, BASIS + MOMENTS + STEP + CLOCK),
-    "full rank": ("galore", {"rank": SHORT}, {}, 2 * SHORT * LONG * FP32 + STEP),
+    "frugal rows": ("frugal", {"density": 0.25}, {"subspace": "rows"}, 6 * 8 + MOMENTS + STEP + CLOCK + RESET),
+    "frugal svd": ("frugal", {"density": 0.25}, {"subspace": "svd"}, BASIS + MOMENTS + STEP + CLOCK + RESET),
+    "full rank": ("galore", {"rank": SHORT}, {}, 2 * SHORT * LONG * FP32 + STEP + CLOCK),
 }
 
 

@@ -21,7 +21,7 @@ class APOLLOReference(GaLoreReference):
         scale: float = 1.0,
         tensor: bool = False,
         scale_front: bool = False,
-        limiter: float | None = 1.01,
+        limiter: float = 1.01,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         **settings: Any,

@@ -11,7 +11,7 @@ from references.parts import Limiter
 
 
 class FiraReference(GaLoreReference):
-    def __init__(self, *, official_code: bool = False, limiter: float | None = 1.01, **settings: Any) -> None:
+    def __init__(self, *, official_code: bool = False, limiter: float = 1.01, **settings: Any) -> None:
         super().__init__(**settings)
         self.official_code = official_code
         self.limit = Limiter(limiter)

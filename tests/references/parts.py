@@ -78,12 +78,12 @@ class SGD:
 class Limiter:
     """Norm-growth limiter: ‖S_t‖ ≤ γ‖S_{t−1}‖, where the stored norm is the limited one."""
 
-    def __init__(self, gamma: float | None = 1.01) -> None:
+    def __init__(self, gamma: float = 1.01) -> None:
         self.gamma = gamma
         self.norm: Tensor | None = None
 
     def __call__(self, S: Tensor) -> Tensor:
-        if self.gamma is not None and self.norm is not None and S.norm() > self.gamma * self.norm:
+        if self.norm is not None and S.norm() > self.gamma * self.norm:
             S = self.gamma * self.norm * S / S.norm()
         self.norm = S.norm()
         return S
