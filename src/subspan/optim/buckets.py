@@ -19,11 +19,7 @@ _STACK = 1 << 22
 
 @dataclass(frozen=True)
 class Task:
-    """One projected parameter in this step.
-
-    ``projected`` is R where the refresh gave it; ``screened`` is False while R has still to show whether the gradient
-    is finite.
-    """
+    """One projected parameter in this step; ``projected`` is R where the refresh gave it."""
 
     name: str
     parameter: Tensor
@@ -34,7 +30,6 @@ class Task:
     age: int
     state: State
     projected: Tensor | None = None
-    screened: bool = True
 
 
 def buckets(tasks: Iterable[Task]) -> list[list[Task]]:
@@ -49,7 +44,6 @@ def buckets(tasks: Iterable[Task]) -> list[list[Task]]:
             continue
         key = (
             id(task.group),
-            task.screened,
             geometry,
             task.right,
             task.age,

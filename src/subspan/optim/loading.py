@@ -15,7 +15,7 @@ from torch import Tensor
 from subspan.optim.groups import STRUCTURAL
 from subspan.state import StateSpec
 
-Declare = Callable[[str, Tensor, dict[str, Any], int], dict[str, StateSpec]]
+Declare = Callable[[str, Tensor, dict[str, Any], Mapping[str, Tensor]], dict[str, StateSpec]]
 SCHEMA = 1
 
 
@@ -90,8 +90,9 @@ def _load_parameter(
     """
     if not saved:
         return {}
-    counter = saved.get("refreshes")
-    specs = declare(name, parameter, group, int(counter) if isinstance(counter, Tensor) else 0)
+    # The rank in force, where it changes, is part of the state that is to be declared.
+    tensors = {key: value for key, value in saved.items() if isinstance(value, Tensor)}
+    specs = declare(name, parameter, group, tensors if "refreshes" in tensors else {})
     if saved.keys() != specs.keys():
         raise ValueError(
             f"{name}: the checkpoint holds the state {_some(sorted(saved))}, this optimizer declares "

@@ -70,11 +70,16 @@ class Subspace(ABC):
     orthonormal: ClassVar[bool] = True
     #: False when R leaves out entries of the gradient, so that NaN and Inf in them do not show in R.
     sees_all: ClassVar[bool] = True
+    #: False when the rank changes from refresh to refresh; the one in force is then part of the state.
+    fixed_rank: ClassVar[bool] = True
     #: False when the tensors are not kept but found again, from the same generator, at every step.
     stored: bool = True
 
     def rank(self, m: int, group: Group, *, name: str, refreshes: int, roster: Callable[[], Roster]) -> int:
-        """Number of directions for a projected side of ``m``: the group's ``rank``, or its ``density`` times ``m``."""
+        """Number of directions for a projected side of ``m``: the group's ``rank``, or its ``density`` times ``m``.
+
+        ``refreshes`` counts the refreshes before the one that asks.
+        """
         if group["rank"] is not None:
             return min(group["rank"], m)
         return min(m, max(1, round(group["density"] * m))) if group["density"] > 0 else 0
@@ -245,6 +250,8 @@ class Method:
         assert self.subspace is not None and self.transport is not None and self.lift is not None
         clock = StateSpec((), torch.int64, host=True)
         specs = step | {"next_refresh": clock, "refreshes": clock} | self.transport.specs()
+        if not self.subspace.fixed_rank:
+            specs["rank"] = clock
         if geometry.projected and self.subspace.stored:
             specs |= self.subspace.specs(geometry)
         return specs | self.moments(geometry, group) | self.lift.specs(geometry)

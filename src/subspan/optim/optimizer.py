@@ -6,7 +6,7 @@ import copy
 import inspect
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -23,7 +23,7 @@ from subspan.optim.method import Geometry, Method, Roster, State, Step
 from subspan.optim.param_groups import GROUPING, param_groups
 from subspan.optim.projection import drop_round_off
 from subspan.optim.refresh import place_in_period
-from subspan.optim.screen import nonfinite_gradients, unseen_nonfinite
+from subspan.optim.screen import nonfinite_gradients, nonfinite_projections
 from subspan.optim.table import ParameterRow, format_table
 from subspan.state import StateSpec
 
@@ -103,7 +103,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 )
             for name, parameter in self._named(group):
                 if is_projected(group):
-                    self._geometry(name, parameter, group, refreshes=0)
+                    self._geometry(name, parameter, group, {})
         except Exception:
             self.param_groups.pop()
             raise
@@ -125,8 +125,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
             for name, parameter in self._named(group)
         )
 
-    def _geometry(self, name: str, parameter: Tensor, group: dict[str, Any], refreshes: int) -> Geometry | None:
-        """Oriented shape and rank of a parameter; None when it is dense."""
+    def _geometry(
+        self, name: str, parameter: Tensor, group: dict[str, Any], state: Mapping[str, Tensor], *, refresh: bool = False
+    ) -> Geometry | None:
+        """Oriented shape of a parameter, and the rank in force or, with ``refresh``, from now on; None when dense."""
         if not is_projected(group):
             return None
         if parameter.ndim < 2:
@@ -135,9 +137,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 "without rank, as param_groups(model, rank=...) does"
             )
         assert self.method.subspace is not None
-        right = self._right(parameter, group)
-        *batch, m, n = oriented(parameter, right).shape
-        rank = self.method.subspace.rank(m, group, name=name, refreshes=refreshes, roster=self._roster)
+        *batch, m, n = oriented(parameter, self._right(parameter, group)).shape
+        refreshes = int(state["refreshes"]) if state else 0
+        if "rank" in state and refreshes > 0 and not refresh:
+            rank = int(state["rank"])
+        else:
+            rank = self.method.subspace.rank(m, group, name=name, refreshes=refreshes, roster=self._roster)
         return Geometry(tuple(batch), m, n, rank, state_dtype(parameter))
 
     @staticmethod
@@ -145,13 +150,14 @@ class LowRankOptimizer(torch.optim.Optimizer):
         rows, columns = as_matrix(parameter).shape[-2:]
         return projects_right(rows, columns, group["proj_type"])
 
-    def _specs(self, name: str, parameter: Tensor, group: dict[str, Any], refreshes: int) -> dict[str, StateSpec]:
-        geometry = self._geometry(name, parameter, group, refreshes)
+    def _specs(
+        self, name: str, parameter: Tensor, group: dict[str, Any], state: Mapping[str, Tensor]
+    ) -> dict[str, StateSpec]:
+        geometry = self._geometry(name, parameter, group, state)
         return self.method.specs(geometry, parameter.shape, state_dtype(parameter), group)
 
-    def _refreshes(self, parameter: Tensor) -> int:
-        state = self.state.get(parameter, {})
-        return int(state["refreshes"]) if "refreshes" in state else 0
+    def _state(self, parameter: Tensor) -> State:
+        return self.state.get(parameter, {})
 
     def declared_state(self, parameter: Tensor) -> dict[str, StateSpec]:
         """Declarations of the state that ``parameter`` has, or will have once it is stepped.
@@ -162,7 +168,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, candidate in self._named(group):
                 if candidate is parameter:
-                    return self._specs(name, parameter, group, self._refreshes(parameter))
+                    return self._specs(name, parameter, group, self._state(parameter))
         raise KeyError("this parameter is not in the optimizer")
 
     def planned_state_bytes(self) -> dict[str, int]:
@@ -171,7 +177,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, parameter in self._named(group):
                 if parameter.requires_grad:
-                    for key, spec in self._specs(name, parameter, group, self._refreshes(parameter)).items():
+                    for key, spec in self._specs(name, parameter, group, self._state(parameter)).items():
                         total[key] += spec.nbytes
         return dict(total)
 
@@ -188,9 +194,9 @@ class LowRankOptimizer(torch.optim.Optimizer):
         rows = []
         for group in self.param_groups:
             for name, parameter in self._named(group):
-                refreshes = self._refreshes(parameter)
-                geometry = self._geometry(name, parameter, group, refreshes)
-                specs = self._specs(name, parameter, group, refreshes) if parameter.requires_grad else {}
+                state = self._state(parameter)
+                geometry = self._geometry(name, parameter, group, state)
+                specs = self._specs(name, parameter, group, state) if parameter.requires_grad else {}
                 rows.append(
                     ParameterRow(
                         name=name,
@@ -220,7 +226,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
     def _ensure_state(self, name: str, parameter: Tensor, group: dict[str, Any]) -> State:
         state = self.state[parameter]
         if not state:
-            for key, spec in self._specs(name, parameter, group, refreshes=0).items():
+            for key, spec in self._specs(name, parameter, group, {}).items():
                 state[key] = spec.allocate(parameter.device)
         self._bound[name] = parameter
         return state
@@ -269,7 +275,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
         tasks: list[Task] = []
         for name, parameter, group in work:
             if name not in bad:
-                task = self._prepare(name, parameter, group, screened=name not in unscreened)
+                task = self._prepare(name, parameter, group)
                 if task is not None:
                     tasks.append(task)
         for bucket in buckets(tasks):
@@ -286,28 +292,32 @@ class LowRankOptimizer(torch.optim.Optimizer):
         if self.nonfinite == "raise" or parameter.device.type != "cpu" or not state or not is_projected(group):
             return False
         assert self.method.subspace is not None
-        geometry = self._geometry(name, parameter, group, self._refreshes(parameter))
+        geometry = self._geometry(name, parameter, group, state)
         due = int(state["step"]) >= int(state["next_refresh"])
         return geometry is not None and geometry.projected and self.method.subspace.sees_all and not due
 
     def _skip(self, name: str) -> None:
+        if self.nonfinite == "raise":
+            raise FloatingPointError(
+                f"{name}: the projected gradient overflows; other parameters may have been stepped"
+            )
         self.skipped_steps += 1
         if name not in self._warned:
             self._warned.add(name)
             warnings.warn(
-                f"{name}: the gradient holds NaN or Inf; this parameter and its state are left alone in this step "
-                "(counted in skipped_steps; shown once for each parameter)",
+                f"{name}: the gradient, or its projection, holds NaN or Inf; this parameter and its state are left "
+                "alone in this step (counted in skipped_steps; shown once for each parameter)",
                 RuntimeWarning,
                 stacklevel=5,
             )
 
-    def _prepare(self, name: str, parameter: Tensor, group: dict[str, Any], *, screened: bool) -> Task | None:
+    def _prepare(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Task | None:
         """Step one parameter if it is dense or its subspace is due for a refresh; else return what is to be done."""
         state = self._ensure_state(name, parameter, group)
         step = int(state["step"])
         gradient = parameter.grad
         assert gradient is not None
-        geometry = self._geometry(name, parameter, group, self._refreshes(parameter))
+        geometry = self._geometry(name, parameter, group, state)
         if geometry is None:
             state["step"] += 1
             beta, alpha = self._factors(group)
@@ -319,10 +329,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         projected = None
         if due:
             projected = self._refresh(name, parameter, oriented(gradient, right), group, step)
-            geometry = self._geometry(name, parameter, group, self._refreshes(parameter))
+            geometry = self._geometry(name, parameter, group, state)
             assert geometry is not None
         age = self.method.transport.age(state, step + 1)
-        task = Task(name, parameter, gradient, group, geometry, right, age, state, projected, screened)
+        task = Task(name, parameter, gradient, group, geometry, right, age, state, projected)
         if not due:
             return task
         # At once, so that the projected gradients of a refresh of all parameters are not held together.
@@ -333,10 +343,10 @@ class LowRankOptimizer(torch.optim.Optimizer):
         """Choose the subspace anew and carry the moments over; returns this step's projected gradient if known."""
         method, state = self.method, self.state[parameter]
         assert method.subspace is not None and method.refresh is not None and method.transport is not None
-        refreshes = self._refreshes(parameter)
-        geometry = self._geometry(name, parameter, group, refreshes + 1)
+        refreshes = int(state["refreshes"])
+        geometry = self._geometry(name, parameter, group, state, refresh=True)
         assert geometry is not None
-        specs = self._specs(name, parameter, group, refreshes + 1)
+        specs = method.specs(geometry, parameter.shape, state_dtype(parameter), group)
         # A rank that changes with the refresh changes the state: what no longer fits starts from zero.
         for key in [key for key in state if key not in specs]:
             del state[key]
@@ -353,6 +363,8 @@ class LowRankOptimizer(torch.optim.Optimizer):
             method.transport.carry(state, specs, new, step)
         for key, tensor in new.items():
             state[key].copy_(tensor)
+        if "rank" in state:
+            state["rank"].fill_(geometry.rank)
         state["refreshes"] += 1
         phase = place_in_period(name, self._roster()) if refreshes == 0 else 0.0
         state["next_refresh"].fill_(method.refresh.next_refresh(step, refreshes == 0, phase, group))
@@ -373,13 +385,12 @@ class LowRankOptimizer(torch.optim.Optimizer):
 
         projection = method.projection(tensors, geometry)
         R = projection.project(G) if first.projected is None else drop_round_off(first.projected, G)
-        if not first.screened:
-            unseen = unseen_nonfinite(R, [task.gradient for task in bucket])
-            if unseen:
-                for position in unseen:
-                    self._skip(bucket[position].name)
-                rest = [task for position, task in enumerate(bucket) if position not in unseen]
-                return self._step_bucket(rest) if rest else None
+        bad = nonfinite_projections(R, len(bucket)) if R.device.type == "cpu" else []
+        if bad:
+            for position in bad:
+                self._skip(bucket[position].name)
+            rest = [task for position, task in enumerate(bucket) if position not in bad]
+            return self._step_bucket(rest) if rest else None
         for task in bucket:
             task.state["step"] += 1
         U = method.inner.direction(R, tensors, first.age, group) if geometry.rank > 0 else R

@@ -78,6 +78,11 @@ def param_groups(
         seen.add(parameter)
         entry = (canonical_name(name), parameter)
         if target and not excluded:
+            if parameter.ndim == 3 and isinstance(module, _CONVOLUTIONS):
+                raise ValueError(
+                    f"{name}: the weight of a 1-D convolution cannot be projected, since three dimensions mean a stack "
+                    "of matrices; put it into exclude"
+                )
             targets.append(entry)
         elif parameter.ndim >= 2:
             others.append(entry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -40,16 +41,17 @@ def nonfinite_gradients(work: list[Work]) -> list[str]:
     return [name for name, gradient in suspects if gradient is not None and not bool(gradient.isfinite().all())]
 
 
-def unseen_nonfinite(R: Tensor, gradients: list[Tensor]) -> list[int]:
-    """Positions of the gradients that hold NaN or Inf, found from their projections at next to no price.
+def nonfinite_projections(R: Tensor, count: int) -> list[int]:
+    """Positions of the projected gradients that hold NaN or Inf, as all do whose gradients hold any.
 
-    Every entry of G enters one column of R = PᵀG and all rows of it, so one row of R shows whether there is any; only
-    where it is not finite, which an overflow also causes, are the elements of G looked at.
+    Every entry of G enters R = PᵀG, so this small sum shows what a look at the whole gradient would, and overflows of
+    the projection besides.
 
     Args:
-        R: (..., r, n), or (k, r, n) stacked from k gradients.
-        gradients: the gradient behind ``R``, or all k of them.
+        R: one projected gradient, or ``count`` of them stacked.
+        count: number of gradients.
     """
-    if bool(R.select(-2, 0).isfinite().all()):
+    if math.isfinite(float(R.sum())):
         return []
-    return [position for position, gradient in enumerate(gradients) if not bool(gradient.isfinite().all())]
+    finite = R.isfinite().reshape(count, -1).all(-1)
+    return [position for position, good in enumerate(finite.tolist()) if not good]

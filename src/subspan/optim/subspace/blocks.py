@@ -25,12 +25,12 @@ class Blocks(Subspace):
     """
 
     orthonormal: ClassVar[bool] = False
+    fixed_rank: ClassVar[bool] = False
 
     def rank(self, m: int, group: Group, *, name: str, refreshes: int, roster: Callable[[], Roster]) -> int:
         if group["density"] is None:
             raise ValueError(f"blocks are whole tensors and have no rank; set density instead of rank={group['rank']}")
-        # The period in force began at refresh number refreshes − 1; before the first refresh the first one is planned.
-        return m if name in active_blocks(roster(), group["density"], max(0, refreshes - 1)) else 0
+        return m if name in active_blocks(roster(), group["density"], refreshes) else 0
 
     def find(
         self, operator: MatrixOperator, geometry: Geometry, *, generator: torch.Generator, step: int, group: Group
