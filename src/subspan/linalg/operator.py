@@ -47,11 +47,27 @@ class MatrixOperator(ABC):
 
     @abstractmethod
     def amax(self) -> Tensor:
-        """Largest |entry| of each matrix, shape (...); NaN or infinite exactly if an entry is."""
+        """Largest |entry| of each matrix, shape (...), or a bound on it; NaN or infinite if an entry is."""
 
     @abstractmethod
     def to_dense(self) -> Tensor:
         """A as a tensor of shape (..., m, n)."""
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of A, shape (..., stop - start, n), as products with unit vectors."""
+        m = self.shape[-2]
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        unit = torch.zeros(*self.shape[:-1], stop - start, dtype=dtype, device=self.device)
+        unit[..., torch.arange(start, min(stop, m)), torch.arange(min(stop, m) - start)] = 1
+        return self.rmatmul(unit).mT
+
+    @torch.no_grad()
+    def squared_norm(self, scale: Tensor) -> Tensor:
+        """‖scale·A‖²_F of shape (...), accumulated in float64, for a ``scale`` of shape (..., 1, 1)."""
+        m, n = self.shape[-2:]
+        step = max(_MIN_TILE, _TILE_ELEMENTS // n)
+        parts = (self.rows(start, min(start + step, m)) * scale for start in range(0, m, step))
+        return torch.stack([squared_frobenius(part) for part in parts]).sum(0)
 
 
 class DenseOperator(MatrixOperator):
@@ -117,6 +133,10 @@ class DenseOperator(MatrixOperator):
         """A itself."""
         return self._A
 
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows ``start`` to ``stop`` of A as a view, shape (..., stop - start, n)."""
+        return self._A[..., start:stop, :]
+
 
 def as_operator(A: Tensor | MatrixOperator) -> MatrixOperator:
     """A as an operator: a tensor is wrapped, an operator is returned as it is.
@@ -143,6 +163,11 @@ def tiles(A: Tensor, dim: int) -> Iterator[slice]:
     size = A.shape[dim]
     step = max(_MIN_TILE, _TILE_ELEMENTS * size // max(A.numel(), 1))
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
+
+
+def squared_frobenius(X: Tensor) -> Tensor:
+    """‖X‖²_F of shape (...) in float64: norms of rows in the dtype of X, their squares summed in float64."""
+    return torch.linalg.vector_norm(X, dim=-1).double().square().sum(dim=-1)
 
 
 def _product(A: Tensor, X: Tensor) -> Tensor:

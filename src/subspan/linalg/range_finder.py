@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from subspan.linalg.operator import MatrixOperator, as_operator
 from subspan.linalg.orthonormal import canonical_signs, orthonormalize
+from subspan.linalg.scaling import finite_amax, inverse_scale
 from subspan.linalg.sketch import gaussian_sketch
 
 __all__ = ["RangeFinderResult", "SVDResult", "exact_basis", "randomized_svd", "range_finder"]
@@ -96,11 +96,11 @@ def range_finder(
             f"n_oversamples={n_oversamples} needs rotate=True: without the rotation nothing tells which {rank} columns"
             " to keep"
         )
-    amax = _finite_amax(operator)
+    amax = finite_amax(operator)
     Q = _sketched_basis(operator, amax, width, generator=generator, n_iter=n_iter)
     if not rotate:
         return RangeFinderResult(Q * canonical_signs(Q), None, None)
-    scale = _inverse_scale(amax, Q.dtype)
+    scale = inverse_scale(amax, Q.dtype)
     B = operator.rmatmul(Q * scale).mT
     eigenvalues, X = torch.linalg.eigh(B @ B.mT)
     eigenvalues, X = eigenvalues.flip(-1)[..., :rank], X.flip(-1)[..., :rank]
@@ -153,9 +153,9 @@ def randomized_svd(
     m, n = operator.shape[-2:]
     if rank > n:
         raise ValueError(f"rank={rank} is more than the {n} singular values of a {m}×{n} matrix: at most {min(m, n)}")
-    amax = _finite_amax(operator)
+    amax = finite_amax(operator)
     Q = _sketched_basis(operator, amax, width, generator=generator, n_iter=n_iter)
-    scale = _inverse_scale(amax, Q.dtype)
+    scale = inverse_scale(amax, Q.dtype)
     W, S, Vh = torch.linalg.svd(operator.rmatmul(Q * scale).mT, full_matrices=False)
     U = Q @ W[..., :rank]
     signs = canonical_signs(U)
@@ -187,10 +187,10 @@ def exact_basis(A: Tensor | MatrixOperator, rank: int) -> RangeFinderResult:
     """
     operator = as_operator(A)
     _sketch_width(operator, rank, 0, 0)
-    amax = _finite_amax(operator)
+    amax = finite_amax(operator)
     dense = operator.to_dense()
     dense = dense.to(torch.promote_types(dense.dtype, torch.float32))
-    scale = _inverse_scale(amax, dense.dtype)
+    scale = inverse_scale(amax, dense.dtype)
     U, S, Vh = torch.linalg.svd(dense * scale, full_matrices=False)
     U, S, Vh = U[..., :rank], S[..., :rank], Vh[..., :rank, :]
     missing = rank - U.shape[-1]
@@ -215,12 +215,12 @@ def _sketched_basis(
         width,
         generator=generator,
         batch_shape=tuple(operator.shape[:-2]),
-        scale=_inverse_scale(amax, operator.dtype),
+        scale=inverse_scale(amax, operator.dtype),
         device=operator.device,
         dtype=operator.dtype,
     )
     Q = orthonormalize(operator.matmul(Omega))
-    scale = _inverse_scale(amax, Q.dtype)
+    scale = inverse_scale(amax, Q.dtype)
     for _ in range(n_iter):
         Z = operator.rmatmul(Q * scale)
         # Without this QR the directions below the square root of the rounding unit would be lost. With width > n the
@@ -229,28 +229,6 @@ def _sketched_basis(
         Y = operator.matmul(Z * scale)
         Q = orthonormalize(torch.nn.functional.pad(Y, (0, width - Y.shape[-1])))
     return Q
-
-
-def _inverse_scale(amax: Tensor, dtype: torch.dtype) -> Tensor:
-    """1/amax rounded to a power of two, shape (..., 1, 1), such that N(0,1)·scale is finite in ``dtype``; 1 for 0.
-
-    A power of two changes no digit, so loss scaling does not change a basis. The exponent stays within three quarters
-    of the range of ``dtype``: a subnormal amax has no finite inverse, and what is left is enough for the products.
-    """
-    limit = 3 * math.frexp(torch.finfo(dtype).max)[1] // 4
-    wide = torch.promote_types(amax.dtype, torch.float32)
-    exponent = torch.frexp(amax.to(wide)).exponent.clamp(-limit, limit)
-    return torch.ldexp(torch.ones_like(amax, dtype=wide), -exponent)[..., None, None]
-
-
-def _finite_amax(operator: MatrixOperator) -> Tensor:
-    amax = operator.amax()
-    if not bool(torch.isfinite(amax).all()):
-        raise ValueError(
-            f"A of shape {tuple(operator.shape)} has a NaN or infinite entry, which has no singular directions:"
-            " skip the matrix, or repair it first"
-        )
-    return amax
 
 
 def _sketch_width(operator: MatrixOperator, rank: int, n_oversamples: int, n_iter: int) -> int:

@@ -47,7 +47,7 @@ def gaussian_sketch(
     n: int,
     l: int,  # noqa: E741 - the letter of the literature
     *,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
     batch_shape: tuple[int, ...] = (),
     scale: float | Tensor = 1.0,
     device: torch.device | str | None = None,
@@ -61,7 +61,7 @@ def gaussian_sketch(
     Args:
         n: rows of Ω.
         l: columns of Ω, the width of the sketch.
-        generator: CPU generator, advanced by the call.
+        generator: CPU generator, advanced by the call; None is torch's own.
         batch_shape: leading dimensions.
         scale: factor, a number or a tensor that broadcasts against (..., n, l).
         device: device of the result, the CPU by default.
