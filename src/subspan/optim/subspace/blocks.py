@@ -21,7 +21,8 @@ class Blocks(Subspace):
 
     The tensors are taken in descending natural order of their names (the last layer first), cyclically: each period
     takes on where the last one stopped, until the active tensors hold ``density`` of all elements (at least one
-    tensor). The rank of a tensor is its whole side while it is active, else 0.
+    tensor). The rank of a tensor is its whole side while it is active, else 0. Each tensor counts its own periods: one
+    that joins later is out of step with the others, and the density then holds on average.
     """
 
     orthonormal: ClassVar[bool] = False
