@@ -86,7 +86,9 @@ def main() -> None:
     for name, result in results.items():
         print(f"{name:8} {SHAPES[name]}: {result}")
     if args.output:
-        write_record(Path(args.output), {"settings": vars(args), "environment": environment(), "results": results})
+        settings = {key: value for key, value in vars(args).items() if key != "output"}
+        record = {"benchmark": "parity", "settings": settings, "shapes": SHAPES, **environment(), "results": results}
+        write_record(Path(args.output), record)
 
 
 class _TorchWithSignedSVD:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -42,12 +43,19 @@ COMMON = ("model", "steps", "batch_size", "seq_len", "rank", "gap", "precision",
 Run = dict[str, Any]
 
 
+@functools.cache
+def corpus(vocab_size: int, seq_len: int) -> Any:
+    """The Python corpus in packed sequences, loaded once."""
+    from subspan.train.data import load_data
+
+    return load_data(vocab_size=vocab_size, seq_len=seq_len)
+
+
 def load_tokens(args: argparse.Namespace, seed: int) -> tuple[Tensor, Tensor]:
     """Return training sequences in the order of the seed, and validation sequences spread over the held-out part."""
-    from subspan.train.data import load_data
     from subspan.train.presets import PRESETS
 
-    data = load_data(vocab_size=PRESETS[args.model].vocab_size, seq_len=args.seq_len)
+    data = corpus(PRESETS[args.model].vocab_size, args.seq_len)
     count, available = args.steps * args.batch_size, len(data.train)
     if count > available:
         raise SystemExit(f"{count} sequences are needed and the corpus has {available}: use fewer steps.")
