@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -16,21 +16,20 @@ from subspan.linalg import DenseOperator, seeded_generator
 from subspan.optim import loading
 from subspan.optim.apply import apply_update
 from subspan.optim.buckets import Task, buckets, gather, scatter
+from subspan.optim.declared import DeclaredOptimizer
 from subspan.optim.dense import state_dtype, step_dense
-from subspan.optim.groups import check_group, complete_group, is_projected, unknown_setting
-from subspan.optim.matrix import as_matrix, oriented, projects_right, write_back
-from subspan.optim.method import Geometry, Method, Roster, State, Step
+from subspan.optim.groups import is_projected, unknown_setting
+from subspan.optim.matrix import oriented, write_back
+from subspan.optim.method import Method, State, Step
 from subspan.optim.param_groups import GROUPING, param_groups
 from subspan.optim.projection import drop_round_off
 from subspan.optim.refresh import place_in_period
 from subspan.optim.screen import nonfinite_gradients, nonfinite_projections
-from subspan.optim.table import ParameterRow, format_table
-from subspan.state import StateSpec
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]] | nn.Module
 
 
-class LowRankOptimizer(torch.optim.Optimizer):
+class LowRankOptimizer(DeclaredOptimizer):
     """Executes any `Method`: W <- (1 − lr·wd)·W − lr·D with D from the method's parts.
 
     Args:
@@ -86,134 +85,7 @@ class LowRankOptimizer(torch.optim.Optimizer):
                 "from param_groups(model, rank=...), or set 'rank' in a group dict"
             )
 
-    # -- parameters and their declarations ---------------------------------------------------------------------------
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; its keys are checked, aliases resolved and ``lr_scale`` applied to its learning rate."""
-        param_group = complete_group(param_group, self.defaults)
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            check_group(group, self.method)
-            names = [name for other in self.param_groups for name, _ in self._named(other)]
-            if len(set(names)) < len(names):
-                twice = next(name for name, count in Counter(names).items() if count > 1)
-                raise ValueError(
-                    f"two parameters have the name {twice!r}; state and seeds go by name, so name them apart"
-                )
-            for name, parameter in self._named(group):
-                if is_projected(group):
-                    self._geometry(name, parameter, group, {})
-        except Exception:
-            self.param_groups.pop()
-            raise
-
-    def _named(self, group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-        if "param_names" in group:
-            yield from zip(group["param_names"], group["params"], strict=True)
-        else:
-            index = next(i for i, other in enumerate(self.param_groups) if other is group)
-            for position, parameter in enumerate(group["params"]):
-                yield f"{index}.{position}", parameter
-
-    def _roster(self) -> Roster:
-        """Names and sizes of all projected parameters."""
-        return tuple(
-            (name, parameter.numel())
-            for group in self.param_groups
-            if is_projected(group)
-            for name, parameter in self._named(group)
-        )
-
-    def _geometry(
-        self, name: str, parameter: Tensor, group: dict[str, Any], state: Mapping[str, Tensor], *, refresh: bool = False
-    ) -> Geometry | None:
-        """Oriented shape of a parameter, and the rank in force or, with ``refresh``, from now on; None when dense."""
-        if not is_projected(group):
-            return None
-        if parameter.ndim < 2:
-            raise ValueError(
-                f"{name}: a parameter of shape {tuple(parameter.shape)} cannot be projected; put it into a group "
-                "without rank, as param_groups(model, rank=...) does"
-            )
-        assert self.method.subspace is not None
-        *batch, m, n = oriented(parameter, self._right(parameter, group)).shape
-        refreshes = int(state["refreshes"]) if state else 0
-        if "rank" in state and refreshes > 0 and not refresh:
-            rank = int(state["rank"])
-        else:
-            rank = self.method.subspace.rank(m, group, name=name, refreshes=refreshes, roster=self._roster)
-        return Geometry(tuple(batch), m, n, rank, state_dtype(parameter))
-
-    @staticmethod
-    def _right(parameter: Tensor, group: dict[str, Any]) -> bool:
-        rows, columns = as_matrix(parameter).shape[-2:]
-        return projects_right(rows, columns, group["proj_type"])
-
-    def _specs(
-        self, name: str, parameter: Tensor, group: dict[str, Any], state: Mapping[str, Tensor]
-    ) -> dict[str, StateSpec]:
-        geometry = self._geometry(name, parameter, group, state)
-        return self.method.specs(geometry, parameter.shape, state_dtype(parameter), group)
-
-    def _state(self, parameter: Tensor) -> State:
-        return self.state.get(parameter, {})
-
-    def declared_state(self, parameter: Tensor) -> dict[str, StateSpec]:
-        """Declarations of the state that ``parameter`` has, or will have once it is stepped.
-
-        Raises:
-            KeyError: the parameter is not in this optimizer.
-        """
-        for group in self.param_groups:
-            for name, candidate in self._named(group):
-                if candidate is parameter:
-                    return self._specs(name, parameter, group, self._state(parameter))
-        raise KeyError("this parameter is not in the optimizer")
-
-    def planned_state_bytes(self) -> dict[str, int]:
-        """Bytes of optimizer state by key for all trainable parameters, computed from the declarations alone."""
-        total: Counter[str] = Counter()
-        for group in self.param_groups:
-            for name, parameter in self._named(group):
-                if parameter.requires_grad:
-                    for key, spec in self._specs(name, parameter, group, self._state(parameter)).items():
-                        total[key] += spec.nbytes
-        return dict(total)
-
-    def state_bytes(self) -> dict[str, int]:
-        """Bytes of optimizer state by key that are allocated now, whole storages counted."""
-        total: Counter[str] = Counter()
-        for state in self.state.values():
-            for key, tensor in state.items():
-                total[key] += tensor.untyped_storage().nbytes()
-        return dict(total)
-
-    def rows(self) -> list[ParameterRow]:
-        """One row for each parameter: what is projected, at which rank, and its state bytes."""
-        rows = []
-        for group in self.param_groups:
-            for name, parameter in self._named(group):
-                state = self._state(parameter)
-                geometry = self._geometry(name, parameter, group, state)
-                specs = self._specs(name, parameter, group, state) if parameter.requires_grad else {}
-                rows.append(
-                    ParameterRow(
-                        name=name,
-                        shape=tuple(parameter.shape),
-                        rank=None if geometry is None else geometry.rank,
-                        side="-" if geometry is None else ("right" if self._right(parameter, group) else "left"),
-                        lr=float(group["lr"]),
-                        weight_decay=group["weight_decay"],
-                        trainable=parameter.requires_grad,
-                        state_bytes=sum(spec.nbytes for spec in specs.values()),
-                    )
-                )
-        return rows
-
-    def table(self) -> str:
-        """Which tensors are projected, at which rank, on which side, with learning rates and state bytes, as text."""
-        return format_table(self.rows(), self.method.name)
+    # -- state --------------------------------------------------------------------------------------------------------
 
     def init_state(self) -> None:
         """Allocate the state of every trainable parameter now; a step would do it lazily."""
