@@ -27,10 +27,10 @@ def test_every_example_is_tested() -> None:
 
 @pytest.mark.slow
 def test_bare_loop() -> None:
-    output = example("bare_loop.py", "--steps", "60")
+    output = example("bare_loop.py", "--steps", "150")
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", output)]
     assert len(losses) == 10
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.85 * losses[0]
     assert "8 of" in output and "tensors projected" in output
 
 
