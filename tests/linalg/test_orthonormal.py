@@ -5,11 +5,15 @@ import math
 import pytest
 import torch
 
+from linalg.spectra import with_spectrum
 from subspan.linalg import canonical_signs, orthogonality_error, orthonormalize, random_stiefel, seeded_generator
 
+METHODS = ("householder", "cholesky", "shifted_cholesky", "sketched_cholesky", "gram_schmidt", "newton_schulz")
 
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["gaussian", "graded", "rank 4", "zero", "equal columns", "subnormal", "huge"])
-def test_orthonormalize_any_finite_matrix(kind: str) -> None:
+def test_orthonormalize_any_finite_matrix(kind: str, method: str) -> None:
     Y = torch.randn(3, 64, 16)
     Y = {
         "gaussian": Y,
@@ -20,15 +24,16 @@ def test_orthonormalize_any_finite_matrix(kind: str) -> None:
         "subnormal": Y * 1e-41,
         "huge": Y * 1e37,
     }[kind]
-    Q = orthonormalize(Y)
+    Q = orthonormalize(Y, method=method)
     assert Q.shape == Y.shape
     assert orthogonality_error(Q).shape == (3,)
-    assert orthogonality_error(Q).max() < 5e-6
+    assert orthogonality_error(Q).max() < 10 * 6e-8 * math.sqrt(16)
 
 
-def test_orthonormalize_spans_the_columns() -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_orthonormalize_spans_the_columns(method: str) -> None:
     Y = torch.randn(20, 6, dtype=torch.float64)
-    Q = orthonormalize(Y)
+    Q = orthonormalize(Y, method=method)
     assert Q.dtype == torch.float64
     torch.testing.assert_close(Q @ (Q.mT @ Y), Y)
 
@@ -37,6 +42,65 @@ def test_orthonormalize_half_precision_in_float32() -> None:
     Q = orthonormalize(torch.randn(64, 16).bfloat16())
     assert Q.dtype == torch.float32
     assert orthogonality_error(Q) < 5e-6
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, 6e-8), (torch.float64, 1.2e-16), (torch.bfloat16, 6e-8)])
+@pytest.mark.parametrize("kappa", [1, 1e2, 1e4, 1e6, 1e10])
+def test_every_method_is_orthonormal_to_rounding(method: str, dtype: torch.dtype, unit: float, kappa: float) -> None:
+    for m, r in ((120, 30), (20, 20), (50, 1)):
+        Y = with_spectrum(torch.logspace(0, -math.log10(kappa), r, dtype=torch.float64), m, r).to(dtype)
+        Q = orthonormalize(Y, method=method)
+        assert orthogonality_error(Q) <= 10 * unit * math.sqrt(r)
+        assert Q.dtype == torch.promote_types(dtype, torch.float32)
+        if kappa * unit < 1e-3:
+            Y = Y.to(Q.dtype)
+            assert torch.linalg.matrix_norm(Y - Q @ (Q.mT @ Y)) < 1e2 * unit * kappa
+
+
+@pytest.mark.parametrize(
+    ("method", "safe", "broken"),
+    [
+        ("cholesky", 1e2, 1e6),
+        ("shifted_cholesky", 1e5, 1e10),
+        ("sketched_cholesky", 1e6, math.inf),
+        ("gram_schmidt", 1e6, math.inf),
+        ("newton_schulz", 1e4, 1e8),
+    ],
+)
+def test_without_the_fallback_the_condition_number_decides(method: str, safe: float, broken: float) -> None:
+    def error(kappa: float) -> float:
+        sigma = torch.logspace(0, -math.log10(kappa), 24, dtype=torch.float64)
+        Y = with_spectrum(sigma, 100, 24).float() if kappa < math.inf else torch.zeros(100, 24)
+        Q = orthonormalize(Y, method=method, fallback=False)
+        return orthogonality_error(Q).item() if Q.isfinite().all() else math.inf
+
+    assert error(safe) < 3e-6
+    assert error(broken) > 1e-2
+
+
+def test_the_fallback_replaces_what_failed_and_nothing_else() -> None:
+    good, bad = torch.randn(30, 5), torch.zeros(30, 5)
+    Q = orthonormalize(torch.stack([good, bad]), method="cholesky")
+    torch.testing.assert_close(Q[0], orthonormalize(good, method="cholesky"), rtol=0, atol=1e-6)
+    torch.testing.assert_close(Q[1], orthonormalize(bad))
+
+
+def test_cholesky_qr_has_a_positive_diagonal() -> None:
+    Y = torch.randn(2, 30, 5, dtype=torch.float64)
+    R = orthonormalize(Y, method="cholesky").mT @ Y
+    assert (R.diagonal(dim1=-2, dim2=-1) > 0).all()
+
+
+def test_newton_schulz_is_the_polar_factor() -> None:
+    Y = torch.randn(30, 5, dtype=torch.float64)
+    U, _, Vh = torch.linalg.svd(Y, full_matrices=False)
+    torch.testing.assert_close(orthonormalize(Y, method="newton_schulz"), U @ Vh)
+
+
+def test_unknown_method_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"method='qr'.*'newton_schulz'"):
+        orthonormalize(torch.randn(4, 2), method="qr")
 
 
 def test_too_many_columns_are_refused() -> None:

@@ -8,7 +8,13 @@ from subspan.linalg.adaptive import AdaptiveMethod, adaptive_range_finder
 from subspan.linalg.compact_wy import CompactWY
 from subspan.linalg.gram_schmidt import blocked_gram_schmidt
 from subspan.linalg.operator import DenseOperator, MatrixOperator, as_operator
-from subspan.linalg.orthonormal import canonical_signs, orthogonality_error, orthonormalize, random_stiefel
+from subspan.linalg.orthonormal import (
+    OrthonormalMethod,
+    canonical_signs,
+    orthogonality_error,
+    orthonormalize,
+    random_stiefel,
+)
 from subspan.linalg.range_finder import RangeFinderResult, SVDResult, exact_basis, randomized_svd, range_finder
 from subspan.linalg.sketch import gaussian_sketch, seeded_generator
 from subspan.linalg.spectrum import captured_energy, principal_angles, subspace_overlap
@@ -22,6 +28,7 @@ __all__ = [
     "DenseOperator",
     "FixedPrecision",
     "MatrixOperator",
+    "OrthonormalMethod",
     "RangeFinderResult",
     "SVDResult",
     "adaptive_range_finder",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from subspan.linalg.compact_wy import CompactWY
 from subspan.linalg.operator import squared_frobenius
 from subspan.linalg.overlap import SketchQueue

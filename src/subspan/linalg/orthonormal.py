@@ -1,42 +1,90 @@
-"""Orthonormal bases: Householder QR, uniform samples of the Stiefel manifold, signs, and how orthonormal a basis is."""
+"""Orthonormal bases: ways to make them, uniform samples of the Stiefel manifold, signs, and the error of a basis."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from subspan.linalg.cholesky_qr import cholesky_qr2, shifted_cholesky_qr3, sketched_cholesky_qr
+from subspan.linalg.polar import gram_schmidt_twice, newton_schulz
 from subspan.linalg.sketch import gaussian_sketch
 
-__all__ = ["canonical_signs", "orthogonality_error", "orthonormalize", "random_stiefel"]
+__all__ = ["OrthonormalMethod", "canonical_signs", "orthogonality_error", "orthonormalize", "random_stiefel"]
+
+
+OrthonormalMethod = Literal[
+    "householder", "cholesky", "shifted_cholesky", "sketched_cholesky", "gram_schmidt", "newton_schulz"
+]
+
+_METHODS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cholesky": cholesky_qr2,
+    "shifted_cholesky": shifted_cholesky_qr3,
+    "sketched_cholesky": sketched_cholesky_qr,
+    "gram_schmidt": gram_schmidt_twice,
+    "newton_schulz": newton_schulz,
+}
 
 
 @torch.no_grad()
-def orthonormalize(Y: Tensor) -> Tensor:
-    """Orthonormal basis Q of the columns of Y by thin Householder QR, Y = QR.
+def orthonormalize(Y: Tensor, *, method: OrthonormalMethod = "householder", fallback: bool = True) -> Tensor:
+    """Orthonormal basis Q of the columns of Y, by default by thin Householder QR, Y = QR.
 
-    Q is orthonormal to rounding for every finite Y: a rank-deficient or zero Y gets arbitrary orthonormal columns where
-    its own give none. (Cholesky QR and Gram-Schmidt lose orthogonality on gradients, hence Householder.)
+    =======================  ================================================================  ================
+    method                   how                                                               κ(Y) in float32
+    =======================  ================================================================  ================
+    ``"householder"``        LAPACK's QR; any finite Y, rank-deficient and zero ones too       any
+    ``"cholesky"``           CholeskyQR2: Gram matrix, Cholesky, triangular solve, twice       below 3e3
+    ``"shifted_cholesky"``   CholeskyQR3: a shifted pass first                                 below 1e6
+    ``"sketched_cholesky"``  QR of a sketch of Y as preconditioner, then CholeskyQR2         below 1e7
+    ``"gram_schmidt"``       classical Gram-Schmidt, column by column, each one twice          below 1e7
+    ``"newton_schulz"``      polar factor, products only                                       below 1e5
+    =======================  ================================================================  ================
+
+    All but the first are there for devices on which QR is slow. They are checked, ‖QᵀQ − I‖_F ≤ 10u√r with the unit
+    roundoff u, and Householder QR replaces what fails, matrix by matrix in a batch. (Plain CholeskyQR2 fails on the
+    gradients of early training.)
 
     Args:
         Y: (..., m, r) with r <= m; half-precision input is orthonormalised in float32.
+        method: see the table. Every method gives another basis of the same space.
+        fallback: replace what fails the check; without it the result is what the method gives, be it NaN.
 
     Returns:
-        Q of shape (..., m, r), float32, or float64 for float64 input.
+        Q of shape (..., m, r), float32, or float64 for float64 input. A rank-deficient or zero Y gets arbitrary
+        orthonormal columns where its own give none.
 
     Raises:
-        ValueError: if r > m.
+        ValueError: if r > m or the method is unknown.
 
     Example:
         >>> orthonormalize(torch.tensor([[3.0], [4.0]])).abs()
         tensor([[0.6000],
                 [0.8000]])
 
-    Source: Golub, Van Loan, Matrix Computations, 5.2.
+    Source: Golub, Van Loan, Matrix Computations, 5.2; Fukaya et al., arXiv:1809.11085 (shifted CholeskyQR3); Balabanov,
+    arXiv:2210.09953 (sketched CholeskyQR).
     """
     m, r = Y.shape[-2:]
     if r > m:
         raise ValueError(f"{r} columns of length {m} cannot be orthonormal: pass at most {m} columns")
-    return torch.linalg.qr(Y.to(torch.promote_types(Y.dtype, torch.float32)), mode="reduced").Q
+    if method != "householder" and method not in _METHODS:
+        raise ValueError(f"method={method!r} is unknown: choose 'householder', {', '.join(map(repr, _METHODS))}")
+    Y = Y.to(torch.promote_types(Y.dtype, torch.float32))
+    if method == "householder" or r == 0:
+        return torch.linalg.qr(Y, mode="reduced").Q
+    Q = _METHODS[method](Y)
+    if not fallback:
+        return Q
+    gram = Q.mT @ Q
+    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+    passed = torch.linalg.matrix_norm(gram) <= 5 * torch.finfo(Q.dtype).eps * math.sqrt(r)  # False for NaN
+    if not bool(passed.all()):
+        Q = torch.where(passed[..., None, None], Q, torch.linalg.qr(Y, mode="reduced").Q)
+    return Q
 
 
 @torch.no_grad()
