@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from subspan.linalg import DenseOperator, seeded_generator
 from subspan.optim import loading
 from subspan.optim.apply import apply_update
-from subspan.optim.buckets import Task, buckets, gather, scatter
+from subspan.optim.buckets import Task, Work, buckets, gather, scatter
 from subspan.optim.declared import DeclaredOptimizer
 from subspan.optim.dense import state_dtype, step_dense
 from subspan.optim.groups import is_projected, unknown_setting
@@ -133,40 +133,43 @@ class LowRankOptimizer(DeclaredOptimizer):
                 loss = closure()
         self._rebind()
         work = [
-            (name, parameter, group)
+            self._look(name, parameter, group)
             for group in self.param_groups
             for name, parameter in self._named(group)
             if parameter.grad is not None and parameter.numel() > 0
         ]
-        unscreened = {item[0] for item in work if self._shown_by_projection(*item)}
-        bad = nonfinite_gradients([item for item in work if item[0] not in unscreened])
+        bad = nonfinite_gradients([(item.name, item.parameter) for item in work if not self._shown_by_projection(item)])
         if bad and self.nonfinite == "raise":
             raise FloatingPointError(f"{', '.join(bad[:5])}: the gradient holds NaN or Inf; nothing was changed")
         for name in bad:
             self._skip(name)
         tasks: list[Task] = []
-        for name, parameter, group in work:
-            if name not in bad:
-                task = self._prepare(name, parameter, group)
+        for item in work:
+            if item.name not in bad:
+                task = self._prepare(item)
                 if task is not None:
                     tasks.append(task)
         for bucket in buckets(tasks):
             self._step_bucket(bucket)
         return loss
 
-    def _shown_by_projection(self, name: str, parameter: Tensor, group: dict[str, Any]) -> bool:
+    def _look(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Work:
+        """What there is to do for one parameter; changes nothing."""
+        state = self._state(parameter)
+        geometry = self._geometry(name, parameter, group, state)
+        due = geometry is not None and (not state or int(state["step"]) >= int(state["next_refresh"]))
+        return Work(name, parameter, group, geometry, due)
+
+    def _shown_by_projection(self, work: Work) -> bool:
         """Whether R will show that the gradient is not finite, early enough and without a look at the gradient.
 
         Not where nothing may be changed before all gradients are known, not where a look at R would wait for a device,
         and not where the gradient is used otherwise than through a projection that sees all of it.
         """
-        state = self.state.get(parameter)
-        if self.nonfinite == "raise" or parameter.device.type != "cpu" or not state or not is_projected(group):
+        if self.nonfinite == "raise" or work.parameter.device.type != "cpu" or work.due or work.geometry is None:
             return False
         assert self.method.subspace is not None
-        geometry = self._geometry(name, parameter, group, state)
-        due = int(state["step"]) >= int(state["next_refresh"])
-        return geometry is not None and geometry.projected and self.method.subspace.sees_all and not due
+        return work.geometry.projected and self.method.subspace.sees_all
 
     def _skip(self, name: str) -> None:
         if self.nonfinite == "raise":
@@ -183,13 +186,13 @@ class LowRankOptimizer(DeclaredOptimizer):
                 stacklevel=5,
             )
 
-    def _prepare(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Task | None:
+    def _prepare(self, work: Work) -> Task | None:
         """Step one parameter if it is dense or its subspace is due for a refresh; else return what is to be done."""
+        name, parameter, group, geometry = work.name, work.parameter, work.group, work.geometry
         state = self._ensure_state(name, parameter, group)
-        step = int(state["step"])
         gradient = parameter.grad
         assert gradient is not None
-        geometry = self._geometry(name, parameter, group, state)
+        step = int(state["step"])
         if geometry is None:
             state["step"] += 1
             beta, alpha = self._factors(group)
@@ -197,15 +200,14 @@ class LowRankOptimizer(DeclaredOptimizer):
             return None
         assert self.method.transport is not None
         right = self._right(parameter, group)
-        due = step >= int(state["next_refresh"])
         projected = None
-        if due:
+        if work.due:
             projected = self._refresh(name, parameter, oriented(gradient, right), group, step)
             geometry = self._geometry(name, parameter, group, state)
             assert geometry is not None
         age = self.method.transport.age(state, step + 1)
         task = Task(name, parameter, gradient, group, geometry, right, age, state, projected)
-        if not due:
+        if not work.due:
             return task
         # At once, so that the projected gradients of a refresh of all parameters are not held together.
         self._step_bucket([task])

@@ -87,11 +87,13 @@ def drop_round_off(R: Tensor, G: Tensor) -> Tensor:
     root = math.sqrt(G.shape[-2])
     floor = max(torch.finfo(R.dtype).eps * root, 2.0 * torch.finfo(G.dtype).eps / root)
     norms = torch.linalg.vector_norm(R, dim=-1, keepdim=True)
-    threshold = floor * torch.linalg.vector_norm(norms, dim=-2, keepdim=True)
-    # On a CPU asking is cheaper than the multiplication; on a device it would wait for the stream.
-    if R.device.type != "cpu" or bool((norms.amin(-2, keepdim=True) <= threshold).any()):
-        R.mul_(norms > threshold)
-    return R
+    if R.device.type == "cpu":
+        # ‖R‖_F is at most √r times the longest row: nearly always two numbers show that no row is to be dropped. A
+        # device would have to wait for them.
+        smallest, largest = (float(norm) for norm in norms.aminmax())
+        if smallest > floor * math.sqrt(R.shape[-2]) * largest:
+            return R
+    return R.mul_(norms > floor * torch.linalg.vector_norm(norms, dim=-2, keepdim=True))
 
 
 class Selection(Projection):

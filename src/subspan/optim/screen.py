@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
-Work = tuple[str, Tensor, dict[str, Any]]
 
-
-def nonfinite_gradients(work: list[Work]) -> list[str]:
+def nonfinite_gradients(work: list[tuple[str, Tensor]]) -> list[str]:
     """Names of the parameters whose gradients hold NaN or Inf.
 
     A sum over all elements shows NaN and Inf at the price of one read, and all sums reach the host together; only where
     a sum is not finite, which an overflow also causes, are the elements looked at.
 
     Args:
-        work: (name, parameter with a gradient, group).
+        work: names, and parameters that have a gradient.
 
     Raises:
         ValueError: a sparse, complex or integer gradient, or a sharded parameter.
     """
     sums = []
-    for name, parameter, _ in work:
+    for name, parameter in work:
         gradient = parameter.grad
         assert gradient is not None
         if gradient.layout != torch.strided:
@@ -37,7 +34,7 @@ def nonfinite_gradients(work: list[Work]) -> list[str]:
     if not sums:
         return []
     finite = torch.stack(sums).isfinite().tolist()
-    suspects = [(name, parameter.grad) for (name, parameter, _), good in zip(work, finite, strict=True) if not good]
+    suspects = [(name, parameter.grad) for (name, parameter), good in zip(work, finite, strict=True) if not good]
     return [name for name, gradient in suspects if gradient is not None and not bool(gradient.isfinite().all())]
 
 
