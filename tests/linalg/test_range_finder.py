@@ -13,6 +13,7 @@ from subspan.linalg import (
     captured_energy,
     exact_basis,
     orthogonality_error,
+    randomized_range_finder,
     randomized_svd,
     range_finder,
     seeded_generator,
@@ -65,6 +66,97 @@ def test_full_rank_captures_everything() -> None:
     found = find(A, 20)
     torch.testing.assert_close(found.basis @ found.projected, A, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.singular_values, torch.linalg.svdvals(A), rtol=1e-4, atol=1e-5)
+
+
+def residual_norm(A: Tensor, Q: Tensor) -> float:
+    return torch.linalg.matrix_norm(A - Q @ (Q.mT @ A)).item()
+
+
+@pytest.mark.parametrize("spectrum", [slow, exponential])
+@pytest.mark.parametrize("sketch", ["gaussian", "sparse_sign", "hadamard"])
+def test_mean_error_is_within_the_bound_of_halko_martinsson_and_tropp(spectrum, sketch: str) -> None:
+    # E‖A − QQᵀA‖_F ≤ (1 + k/(p−1))^½ (Σ_{j>k} σ_j²)^½ for every split k + p of the columns; a mean over seeds can fail.
+    A = with_spectrum(spectrum(M), M, N)
+    tail = spectrum(M).square()
+    bound = min((math.sqrt(1 + k / (R - k - 1)) * tail[k:].sum().sqrt()).item() for k in range(R - 1))
+    errors = [
+        residual_norm(A, randomized_range_finder(A, R, generator=seeded_generator(seed), sketch=sketch))
+        for seed in range(40)
+    ]
+    mean = sum(errors) / len(errors)
+    assert tail[R:].sum().sqrt() < mean < bound
+    # A test matrix whose columns are all but dependent must be caught.
+    spoilt = torch.randn(N, 3, dtype=torch.float64) @ torch.randn(3, R, dtype=torch.float64)
+    assert residual_norm(A, torch.linalg.qr(A @ spoilt).Q[:, :3]) > bound
+
+
+@pytest.mark.parametrize("sketch", ["gaussian", "sparse_sign", "hadamard", "sampling"])
+@pytest.mark.parametrize("shape", [(M, N), (N, M)])
+def test_all_sketches_capture_the_same_energy(sketch: str, shape: tuple[int, int]) -> None:
+    A = with_spectrum(slow(M), *shape).float()
+    best = (slow(M)[:R].norm() / slow(M).norm()).item()
+    for n_iter, floor in ((0, 0.83), (1, 0.96)):
+        found = find(A, R, sketch=sketch, n_iter=n_iter)
+        assert orthogonality_error(found.basis) < 5e-6
+        assert captured_energy(A, found.basis) > floor * best
+    half = find(A.bfloat16(), R, sketch=sketch).basis
+    assert captured_energy(A, half) > 0.83 * best
+    batch = torch.stack([A, torch.zeros_like(A)])
+    assert orthogonality_error(find(batch, R, sketch=sketch).basis).max() < 5e-6
+    full = find(A, min(shape), sketch=sketch)
+    # 96 columns of a Hadamard matrix of order 128, cut to 96 rows, need not be independent.
+    assert captured_energy(A, full.basis) > (0.95 if sketch == "hadamard" else 1 - 1e-5)
+
+
+def test_sampling_finds_what_is_in_few_columns() -> None:
+    A = torch.zeros(40, 400)
+    A[:, [3, 77, 350]] = torch.randn(40, 3)
+    assert captured_energy(A, find(A, 3, sketch="sampling").basis) == pytest.approx(1)
+
+
+def test_the_simple_finder_is_the_other_one() -> None:
+    A = torch.randn(M, N)
+    for settings in ({}, {"n_iter": 1}, {"n_oversamples": 4}, {"sketch": "hadamard"}):
+        Q = randomized_range_finder(A, R, generator=seeded_generator(0), **settings)
+        rotate = "n_oversamples" in settings
+        assert torch.equal(Q, find(A, R, rotate=rotate, **settings).basis)
+    torch.manual_seed(1)
+    first = randomized_range_finder(A, R)
+    assert not torch.equal(first, randomized_range_finder(A, R))
+    torch.manual_seed(1)
+    assert torch.equal(first, randomized_range_finder(A, R))
+
+
+def test_warm_start() -> None:
+    A = with_spectrum(slow(M), M, N)
+    best = slow(M)[:R].norm() / slow(M).norm()
+    cold = find(A, R)
+    warm = find(A, R, start=cold.basis)
+    assert captured_energy(A, cold.basis) < 0.95 * best
+    assert captured_energy(A, warm.basis) > 0.97 * best
+    # the power step of the old basis, and no random numbers
+    expected = torch.linalg.qr(A @ (A.mT @ cold.basis)).Q
+    assert subspace_overlap(warm.basis, expected) == pytest.approx(1)
+    assert torch.equal(warm.basis, find(A, R, 1, start=cold.basis).basis)
+    # A direction that neither the start nor its rows know is found through fresh columns only.
+    U, V = (exact_basis(torch.randn(k, R + 1, dtype=torch.float64), R + 1).basis for k in (M, N))
+    moved = U[:, :R] @ V[:, :R].mT + 3 * U[:, R:] @ V[:, R:].mT
+    assert (find(moved, R, start=U[:, :R]).basis.mT @ U[:, R]).norm() < 1e-9
+    assert (find(moved, R, start=U[:, : 3 * R // 4]).basis.mT @ U[:, R]).norm() > 0.8
+    for dtype in (torch.float32, torch.bfloat16):
+        low = find(A.to(dtype), R, start=cold.basis.to(dtype))
+        assert orthogonality_error(low.basis) < 5e-6
+        assert captured_energy(A, low.basis) > 0.965 * best
+    batch = find(torch.stack([A, 2 * A]), R, start=torch.stack([cold.basis] * 2))
+    torch.testing.assert_close(batch.basis[1], warm.basis)
+    zero = find(torch.zeros(M, N), R, start=cold.basis.float())
+    assert orthogonality_error(zero.basis) < 5e-6
+
+
+@pytest.mark.parametrize("start", [torch.zeros(M, R + 1), torch.zeros(M + 1, R), torch.zeros(2, M, R)])
+def test_a_start_that_does_not_fit_is_refused(start: Tensor) -> None:
+    with pytest.raises(ValueError, match="start of shape"):
+        find(torch.randn(M, N), R, start=start)
 
 
 # The rotation --------------------------------------------------------------------------------------------------------
@@ -268,6 +360,8 @@ def test_other_bad_settings_are_refused() -> None:
         find(A, 2, n_oversamples=-1)
     with pytest.raises(ValueError, match="n_iter=-2"):
         find(A, 2, n_iter=-2)
+    with pytest.raises(ValueError, match="sketch='dct' is unknown"):
+        find(A, 2, sketch="dct")
     with pytest.raises(ValueError, match="rotate=True"):
         find(A, 2, n_oversamples=2, rotate=False)
     with pytest.raises(ValueError, match=r"rank=5 .* 4 singular values"):

@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from subspan.linalg import gaussian_sketch, seeded_generator
+from subspan.linalg import (
+    gaussian_sketch,
+    hadamard_sketch,
+    sampling_sketch,
+    seeded_generator,
+    sparse_sign_sketch,
+)
 
 
 def test_seeded_generator_is_the_same_on_every_machine() -> None:
@@ -66,3 +72,50 @@ def test_scale_broadcasts_over_a_batch_and_precedes_the_cast() -> None:
     assert omega.dtype == torch.bfloat16
     assert torch.equal(omega, (full * scale).bfloat16())
     assert gaussian_sketch(5, 2, generator=seeded_generator(3), dtype=torch.float64).dtype == torch.float64
+
+
+@pytest.mark.parametrize("nnz", [1, 3, 8])
+def test_sparse_sign(nnz: int) -> None:
+    Omega = sparse_sign_sketch(50, 6, generator=seeded_generator(0), nnz=nnz, batch_shape=(3,))
+    kept = min(nnz, 6)
+    assert ((Omega != 0).sum(-1) == kept).all()
+    assert torch.allclose(Omega[Omega != 0].abs(), torch.tensor((6 / kept) ** 0.5))
+    assert abs(Omega.sign().sum() / (150 * kept)) < 5 / (150 * kept) ** 0.5
+    assert (Omega != 0).any(dim=1).all()
+    assert not torch.equal(Omega[0], Omega[1])
+    generator = seeded_generator(0)
+    assert torch.equal(Omega[0], sparse_sign_sketch(50, 6, generator=generator, nnz=nnz))
+    assert torch.equal(Omega[1], sparse_sign_sketch(50, 6, generator=generator, nnz=nnz))
+    with pytest.raises(ValueError, match="nnz=0"):
+        sparse_sign_sketch(5, 2, generator=generator, nnz=0)
+
+
+def test_hadamard_is_columns_of_signed_hadamard_matrix() -> None:
+    from scipy.linalg import hadamard
+
+    Omega = hadamard_sketch(16, 5, generator=seeded_generator(0), batch_shape=(2,))
+    H = torch.from_numpy(hadamard(16)).float()
+    for matrix in Omega:
+        assert torch.equal(matrix.mT @ matrix, 16 * torch.eye(5))
+        # HᵀD·Ω has one entry ±16 in each column for the right signs D, which are those of the rows up to H's own.
+        signs = [matrix[:, j] * H[:, k] for j in range(1) for k in range(16)]
+        assert any(all(any(torch.equal(matrix[:, j], s * H[:, k]) for k in range(16)) for j in range(5)) for s in signs)
+    assert not torch.equal(Omega[0], Omega[1])
+    short = hadamard_sketch(5, 8, generator=seeded_generator(0))
+    assert torch.equal(short.abs(), torch.ones(5, 8))
+    assert torch.equal(short @ short.mT, 8 * torch.eye(5))
+    with pytest.raises(ValueError, match=r"l=9 .* 8 columns"):
+        hadamard_sketch(5, 9, generator=seeded_generator(0))
+
+
+def test_sampling_follows_the_weights() -> None:
+    weights = torch.tensor([0.0, 1.0, 2.0, 5.0]).expand(4000, 4)
+    drawn = sampling_sketch(weights, 1, generator=seeded_generator(0)).flatten()
+    share = torch.bincount(drawn, minlength=4) / 4000
+    assert share[0] == 0
+    assert (share - weights[0] / 8).abs().max() < 0.04
+    every = sampling_sketch(weights[:10], 4, generator=seeded_generator(0))
+    assert torch.equal(every.sort(dim=-1).values, torch.arange(4).expand(10, 4))
+    assert (every[:, -1] == 0).all()  # what weighs nothing comes last
+    with pytest.raises(ValueError, match=r"l=5 .* from 4"):
+        sampling_sketch(weights, 5, generator=seeded_generator(0))

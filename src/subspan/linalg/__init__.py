@@ -6,6 +6,7 @@ Functions never modify their inputs, take an explicit CPU generator, draw on the
 
 from subspan.linalg.adaptive import AdaptiveMethod, adaptive_range_finder
 from subspan.linalg.compact_wy import CompactWY
+from subspan.linalg.exact import exact_basis, gram_basis
 from subspan.linalg.gram_schmidt import blocked_gram_schmidt
 from subspan.linalg.operator import DenseOperator, MatrixOperator, as_operator
 from subspan.linalg.orthonormal import (
@@ -15,9 +16,23 @@ from subspan.linalg.orthonormal import (
     orthonormalize,
     random_stiefel,
 )
-from subspan.linalg.range_finder import RangeFinderResult, SVDResult, exact_basis, randomized_svd, range_finder
-from subspan.linalg.sketch import gaussian_sketch, seeded_generator
+from subspan.linalg.range_finder import (
+    RangeFinderResult,
+    SVDResult,
+    randomized_range_finder,
+    randomized_svd,
+    range_finder,
+)
+from subspan.linalg.sketch import (
+    SketchKind,
+    gaussian_sketch,
+    hadamard_sketch,
+    sampling_sketch,
+    seeded_generator,
+    sparse_sign_sketch,
+)
 from subspan.linalg.spectrum import captured_energy, principal_angles, subspace_overlap
+from subspan.linalg.subspace import MethodChoice, SubspaceMethod, choose_method, subspace
 from subspan.linalg.tolerance import AdaptiveResult, FixedPrecision
 from subspan.linalg.truncated import residual_curve
 
@@ -28,23 +43,33 @@ __all__ = [
     "DenseOperator",
     "FixedPrecision",
     "MatrixOperator",
+    "MethodChoice",
     "OrthonormalMethod",
     "RangeFinderResult",
     "SVDResult",
+    "SketchKind",
+    "SubspaceMethod",
     "adaptive_range_finder",
     "as_operator",
     "blocked_gram_schmidt",
     "canonical_signs",
     "captured_energy",
+    "choose_method",
     "exact_basis",
     "gaussian_sketch",
+    "gram_basis",
+    "hadamard_sketch",
     "orthogonality_error",
     "orthonormalize",
     "principal_angles",
     "random_stiefel",
+    "randomized_range_finder",
     "randomized_svd",
     "range_finder",
     "residual_curve",
+    "sampling_sketch",
     "seeded_generator",
+    "sparse_sign_sketch",
+    "subspace",
     "subspace_overlap",
 ]

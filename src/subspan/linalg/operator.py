@@ -61,13 +61,16 @@ class MatrixOperator(ABC):
         unit[..., torch.arange(start, min(stop, m)), torch.arange(min(stop, m) - start)] = 1
         return self.rmatmul(unit).mT
 
+    def row_tiles(self) -> Iterator[Tensor]:
+        """All rows of A in order, some at a time, (..., k, n) each."""
+        m, n = self.shape[-2:]
+        step = max(_MIN_TILE, _TILE_ELEMENTS // n)
+        return (self.rows(start, min(start + step, m)) for start in range(0, m, step))
+
     @torch.no_grad()
     def squared_norm(self, scale: Tensor) -> Tensor:
         """‖scale·A‖²_F of shape (...), accumulated in float64, for a ``scale`` of shape (..., 1, 1)."""
-        m, n = self.shape[-2:]
-        step = max(_MIN_TILE, _TILE_ELEMENTS // n)
-        parts = (self.rows(start, min(start + step, m)) * scale for start in range(0, m, step))
-        return torch.stack([squared_frobenius(part) for part in parts]).sum(0)
+        return torch.stack([squared_frobenius(rows * scale) for rows in self.row_tiles()]).sum(0)
 
 
 class DenseOperator(MatrixOperator):

@@ -1,4 +1,4 @@
-"""Bases of the leading singular directions: randomised range finder, randomised SVD, and the exact ones."""
+"""Bases of the leading singular directions: the randomised range finder and the randomised SVD."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ from torch import Tensor
 from subspan.linalg.operator import MatrixOperator, as_operator
 from subspan.linalg.orthonormal import canonical_signs, orthonormalize
 from subspan.linalg.scaling import finite_amax, inverse_scale
-from subspan.linalg.sketch import gaussian_sketch
+from subspan.linalg.sketch import (
+    SketchKind,
+    gaussian_sketch,
+    hadamard_sketch,
+    sampling_sketch,
+    sparse_sign_sketch,
+)
 
-__all__ = ["RangeFinderResult", "SVDResult", "exact_basis", "randomized_svd", "range_finder"]
+__all__ = ["RangeFinderResult", "SVDResult", "randomized_range_finder", "randomized_svd", "range_finder"]
 
 
 class RangeFinderResult(NamedTuple):
@@ -48,10 +54,12 @@ def range_finder(
     A: Tensor | MatrixOperator,
     rank: int,
     *,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
     n_oversamples: int = 0,
     n_iter: int = 0,
     rotate: bool = True,
+    sketch: SketchKind = "gaussian",
+    start: Tensor | None = None,
 ) -> RangeFinderResult:
     """Orthonormal basis Q with QQᵀA ≈ A from a Gaussian sketch of A.
 
@@ -72,6 +80,11 @@ def range_finder(
         n_oversamples: columns of the sketch beyond ``rank`` (at most m in all); the best ``rank`` directions are kept.
         n_iter: power iterations, each one more product with Aᵀ and one with A.
         rotate: turn the basis to singular directions; without it ``projected`` and ``singular_values`` are None.
+        sketch: ``"gaussian"``; ``"sparse_sign"``, eight entries ±1 in each row of Ω; ``"hadamard"``, columns of a
+            randomised Hadamard matrix; ``"sampling"``, rows of Aᵀ (columns of A) drawn by their squared norm.
+        start: basis (..., m, k) of an earlier, similar A, k at most the width of the sketch: Y = [AAᵀ·start, AΩ], a
+            power step for the old directions, and room for new ones if k is less. Nothing but a start of all columns
+            keeps directions that A has lost: a quarter of fresh columns cures that.
 
     Returns:
         :class:`RangeFinderResult`.
@@ -90,14 +103,14 @@ def range_finder(
     Source: Halko, Martinsson, Tropp, arXiv:0909.4061, algorithm 4.4.
     """
     operator = as_operator(A)
-    width = _sketch_width(operator, rank, n_oversamples, n_iter)
+    width = sketch_width(operator, rank, n_oversamples, n_iter)
     if n_oversamples and not rotate:
         raise ValueError(
             f"n_oversamples={n_oversamples} needs rotate=True: without the rotation nothing tells which {rank} columns"
             " to keep"
         )
     amax = finite_amax(operator)
-    Q = _sketched_basis(operator, amax, width, generator=generator, n_iter=n_iter)
+    Q = _sketched_basis(operator, amax, width, generator=generator, n_iter=n_iter, sketch=sketch, start=start)
     if not rotate:
         return RangeFinderResult(Q * canonical_signs(Q), None, None)
     scale = inverse_scale(amax, Q.dtype)
@@ -118,7 +131,7 @@ def randomized_svd(
     A: Tensor | MatrixOperator,
     rank: int,
     *,
-    generator: torch.Generator,
+    generator: torch.Generator | None = None,
     n_oversamples: int = 8,
     n_iter: int = 1,
 ) -> SVDResult:
@@ -130,7 +143,7 @@ def randomized_svd(
     Args:
         A: tensor (..., m, n) or operator; not modified, not copied.
         rank: number r of triplets, from 1 to min(m, n).
-        generator: CPU generator, advanced by the call.
+        generator: CPU generator, advanced by the call; None is torch's own.
         n_oversamples: columns of the sketch beyond ``rank``.
         n_iter: power iterations.
 
@@ -149,7 +162,7 @@ def randomized_svd(
     Source: Halko, Martinsson, Tropp, arXiv:0909.4061, algorithm 5.1.
     """
     operator = as_operator(A)
-    width = _sketch_width(operator, rank, n_oversamples, n_iter)
+    width = sketch_width(operator, rank, n_oversamples, n_iter)
     m, n = operator.shape[-2:]
     if rank > n:
         raise ValueError(f"rank={rank} is more than the {n} singular values of a {m}×{n} matrix: at most {min(m, n)}")
@@ -163,63 +176,77 @@ def randomized_svd(
 
 
 @torch.no_grad()
-def exact_basis(A: Tensor | MatrixOperator, rank: int) -> RangeFinderResult:
-    """The ``rank`` leading left singular vectors of A by a thin SVD, with canonical signs.
-
-    A = USVᵀ, Q = U[:, :r], QᵀA = (SVᵀ)[:r]. The oracle of :func:`range_finder`, and 10 to 20 times its price; A is
-    copied to float32 (float64 for float64).
+def randomized_range_finder(
+    A: Tensor | MatrixOperator,
+    rank: int,
+    *,
+    n_oversamples: int = 0,
+    n_iter: int = 0,
+    sketch: SketchKind = "gaussian",
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Basis Q of :func:`range_finder` alone, not rotated unless columns are oversampled.
 
     Args:
-        A: tensor (..., m, n) or operator; not modified.
-        rank: number r of columns of the basis, from 1 to m. Beyond n, columns orthogonal to all of A are appended.
+        A: tensor (..., m, n) or operator; not modified, not copied.
+        rank: number r of columns of the basis, from 1 to m.
+        n_oversamples: columns of the sketch beyond ``rank``; the best ``rank`` directions are kept.
+        n_iter: power iterations.
+        sketch: test matrix, see :func:`range_finder`.
+        generator: CPU generator, advanced by the call; None is torch's own.
 
     Returns:
-        :class:`RangeFinderResult` with all three fields.
+        Q of shape (..., m, r).
 
     Raises:
-        ValueError: if A has a non-finite entry or ``rank`` is not between 1 and m.
+        ValueError: if A has a non-finite entry or an argument is out of its range.
 
     Example:
-        >>> exact_basis(torch.diag(torch.tensor([1.0, 2.0])), 1).basis.mT
-        tensor([[0., 1.]])
+        >>> from subspan.linalg import seeded_generator
+        >>> randomized_range_finder(torch.eye(5, 4), 2, generator=seeded_generator(0)).shape
+        torch.Size([5, 2])
 
-    Source: Zhao et al., GaLore, arXiv:2403.03507.
+    Source: Halko, Martinsson, Tropp, arXiv:0909.4061, algorithms 4.1 and 4.4.
     """
-    operator = as_operator(A)
-    _sketch_width(operator, rank, 0, 0)
-    amax = finite_amax(operator)
-    dense = operator.to_dense()
-    dense = dense.to(torch.promote_types(dense.dtype, torch.float32))
-    scale = inverse_scale(amax, dense.dtype)
-    U, S, Vh = torch.linalg.svd(dense * scale, full_matrices=False)
-    U, S, Vh = U[..., :rank], S[..., :rank], Vh[..., :rank, :]
-    missing = rank - U.shape[-1]
-    if missing > 0:
-        # Householder QR of [U 0]: the reflectors of the zero columns are identities, so the surplus columns of its Q
-        # are orthonormal and orthogonal to U, at the price of a thin QR.
-        padded = torch.nn.functional.pad(U, (0, missing))
-        U = torch.cat([U, orthonormalize(padded)[..., -missing:]], dim=-1)
-        S = torch.nn.functional.pad(S, (0, missing))
-        Vh = torch.nn.functional.pad(Vh, (0, 0, 0, missing))
-    signs = canonical_signs(U)
-    S = S / scale.squeeze(-1)
-    return RangeFinderResult(basis=U * signs, projected=(S.unsqueeze(-1) * signs.mT) * Vh, singular_values=S)
+    return range_finder(
+        A,
+        rank,
+        generator=generator,
+        n_oversamples=n_oversamples,
+        n_iter=n_iter,
+        rotate=n_oversamples > 0,
+        sketch=sketch,
+    ).basis
 
 
 def _sketched_basis(
-    operator: MatrixOperator, amax: Tensor, width: int, *, generator: torch.Generator, n_iter: int
+    operator: MatrixOperator,
+    amax: Tensor,
+    width: int,
+    *,
+    generator: torch.Generator | None,
+    n_iter: int,
+    sketch: SketchKind = "gaussian",
+    start: Tensor | None = None,
 ) -> Tensor:
     """Q = qr(AΩ) after ``n_iter`` power iterations, neither rotated nor sign-fixed."""
-    Omega = gaussian_sketch(
-        operator.shape[-1],
-        width,
-        generator=generator,
-        batch_shape=tuple(operator.shape[:-2]),
-        scale=inverse_scale(amax, operator.dtype),
-        device=operator.device,
-        dtype=operator.dtype,
-    )
-    Q = orthonormalize(operator.matmul(Omega))
+    scale = inverse_scale(amax, operator.dtype)
+    if start is None:
+        Y = _sketched(operator, width, sketch, scale=scale, generator=generator)
+    else:
+        if start.shape[:-1] != operator.shape[:-1] or start.shape[-1] > width:
+            raise ValueError(
+                f"start of shape {tuple(start.shape)} does not fit: {tuple(operator.shape[:-1])} and at most {width}"
+                " columns are needed"
+            )
+        wide = torch.promote_types(operator.dtype, torch.float32)
+        # Unit columns, since the condition number of Y is squared already. QR does not mind the length of fresh ones.
+        Z = torch.nn.functional.normalize(operator.rmatmul(start.to(wide) * inverse_scale(amax, wide)), dim=-2)
+        Y = operator.matmul((Z * scale).to(operator.dtype))
+        if start.shape[-1] < width:
+            fresh = _sketched(operator, width - start.shape[-1], sketch, scale=scale, generator=generator)
+            Y = torch.cat([Y, fresh], dim=-1)
+    Q = orthonormalize(Y)
     scale = inverse_scale(amax, Q.dtype)
     for _ in range(n_iter):
         Z = operator.rmatmul(Q * scale)
@@ -231,7 +258,43 @@ def _sketched_basis(
     return Q
 
 
-def _sketch_width(operator: MatrixOperator, rank: int, n_oversamples: int, n_iter: int) -> int:
+def _sketched(
+    operator: MatrixOperator, width: int, sketch: SketchKind, *, scale: Tensor, generator: torch.Generator | None
+) -> Tensor:
+    """AΩ·scale of shape (..., m, width) in the dtype of A.
+
+    All but the sample of columns multiply with an explicit Ω: at the widths of interest, a quarter of m, the dense
+    product was measured to be as fast as sparse products and fast transforms, and every operator can do it.
+    """
+    n, batch = operator.shape[-1], tuple(operator.shape[:-2])
+    if sketch == "gaussian":
+        Omega = gaussian_sketch(
+            n,
+            width,
+            generator=generator,
+            batch_shape=batch,
+            scale=scale,
+            device=operator.device,
+            dtype=operator.dtype,
+        )
+        return operator.matmul(Omega)
+    if sketch == "sampling":
+        norms = sum((rows.float() * scale).square().sum(dim=-2) for rows in operator.row_tiles())
+        numbers = sampling_sketch(torch.as_tensor(norms).cpu(), min(width, n), generator=generator)
+        Omega = torch.zeros(*batch, n, width).scatter_(-2, numbers.unsqueeze(-2), 1.0)
+    elif sketch == "sparse_sign":
+        Omega = sparse_sign_sketch(n, width, generator=generator, batch_shape=batch)
+    elif sketch == "hadamard":
+        columns = min(width, 1 << (n - 1).bit_length())
+        Omega = hadamard_sketch(n, columns, generator=generator, batch_shape=batch)
+        Omega = torch.nn.functional.pad(Omega, (0, width - columns))
+    else:
+        raise ValueError(f"sketch={sketch!r} is unknown: 'gaussian', 'sparse_sign', 'hadamard' or 'sampling'")
+    return operator.matmul((Omega.to(operator.device) * scale).to(operator.dtype))
+
+
+def sketch_width(operator: MatrixOperator, rank: int, n_oversamples: int, n_iter: int) -> int:
+    """Columns of the sketch, after the checks that all finders share."""
     m, n = operator.shape[-2:]
     if not 1 <= rank <= m:
         raise ValueError(
