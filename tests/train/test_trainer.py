@@ -198,7 +198,7 @@ def test_gradients_that_are_not_finite_are_counted(tmp_path: Path, monkeypatch: 
         return norm
 
     monkeypatch.setattr(PretrainTrainer, "_clip_grad_norm", poison)
-    with pytest.warns(RuntimeWarning, match=r"lm_head.weight: the gradient holds NaN or Inf"):
+    with pytest.warns(RuntimeWarning, match=r"lm_head.weight: .*NaN or Inf"):
         summary = run(tmp_path, log_every=1)
     counts = [line["skipped_steps"] for line in metrics(tmp_path / "run") if "loss" in line]
     assert counts == [0, 1, 1, 1] + [2] * 8
@@ -206,7 +206,7 @@ def test_gradients_that_are_not_finite_are_counted(tmp_path: Path, monkeypatch: 
     assert summary.eval_loss is not None and math.isfinite(summary.eval_loss)
 
 
-@pytest.mark.filterwarnings("ignore:.*the gradient holds NaN or Inf")
+@pytest.mark.filterwarnings("ignore:.*NaN or Inf")
 def test_a_diverged_run_writes_json_and_says_so(tmp_path: Path) -> None:
     summary = run(tmp_path, lr=1e30, max_grad_norm=0.0, warmup=0)
     assert summary.finished

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         _quiet_libraries()
         return _run(arguments.subcommand, arguments[arguments.subcommand])
     except KeyboardInterrupt:
-        print("\nStopped; nothing had been trained that was not saved.", file=sys.stderr)
+        print("\nStopped at once; a run continues from its last checkpoint.", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
         print(f"error: {error}. Install what the command line needs: pip install 'subspan[train]'", file=sys.stderr)

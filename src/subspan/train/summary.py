@@ -116,8 +116,10 @@ def show_start(
     console.print()
     table = Table("planned memory", "bytes", box=None, pad_edge=False, header_style="bold")
     table.columns[1].justify = "right"
-    for name, count in by_role(plan(model, optimizer)).items():
+    planned = plan(model, optimizer)
+    for name, count in by_role(planned).items():
         table.add_row(name, f"{count:,}")
+    table.add_row("in all, without activations", f"{planned.total:,}", style="bold")
     console.print(table)
     console.print()
 
@@ -130,7 +132,10 @@ def _table(optimizer: LowRankOptimizer) -> Table:
         alike.setdefault((name, row.shape, row.rank, row.side, row.lr), []).append(row)
     projected = sum(len(rows) for key, rows in alike.items() if key[2] is not None)
     table = Table(
-        *("parameter", "count", "shape", "rank", "lr", "state bytes"), box=None, pad_edge=False, header_style="bold"
+        *("parameter", "count", "shape", "rank, side", "lr", "state bytes"),
+        box=None,
+        pad_edge=False,
+        header_style="bold",
     )
     for column in table.columns[1:]:
         column.justify = "right"
