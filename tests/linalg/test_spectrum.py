@@ -6,7 +6,20 @@ import pytest
 import torch
 from scipy.linalg import subspace_angles
 
-from subspan.linalg import captured_energy, principal_angles, random_stiefel, seeded_generator, subspace_overlap
+from linalg.spectra import with_spectrum
+from subspan.linalg import (
+    captured_energy,
+    effective_rank,
+    energy_curve,
+    exact_basis,
+    nuclear_norm_bound,
+    principal_angles,
+    random_stiefel,
+    rank_for_energy,
+    seeded_generator,
+    stable_rank,
+    subspace_overlap,
+)
 
 
 def plane(angle: float) -> torch.Tensor:
@@ -64,3 +77,58 @@ def test_captured_energy(dtype: torch.dtype, scale: float) -> None:
 
 def test_captured_energy_of_nothing_is_everything() -> None:
     assert captured_energy(torch.zeros(3, 4), torch.eye(3)[:, :1]) == 1
+
+
+SIGMA = torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64)  # squares 64, 16, 4, 1
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6)])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e36])
+def test_ranks_of_a_known_spectrum(shape: tuple[int, int], scale: float) -> None:
+    A = (with_spectrum(SIGMA, *shape) * scale).float()
+    A = torch.stack([A, torch.zeros_like(A)])
+    assert stable_rank(A).tolist() == pytest.approx([85 / 64, 0], rel=1e-5)
+    p = SIGMA / 15
+    assert effective_rank(A).tolist() == pytest.approx([(-p * p.log()).sum().exp().item(), 0], rel=1e-4)
+    expected = (SIGMA.square().cumsum(0) / 85).tolist()
+    assert energy_curve(A)[0].tolist() == pytest.approx([*expected, 1, 1], rel=1e-5)
+    assert energy_curve(A)[1].tolist() == [1] * 6
+    for share, rank in ((0.5, 1), (0.76, 2), (0.95, 3), (0.99, 4)):
+        assert rank_for_energy(A, share).tolist() == [rank, 1]
+    bound = nuclear_norm_bound(A, n_iter=20) / scale
+    assert bound.tolist() == pytest.approx([15, 0], rel=1e-4)
+
+
+def test_whole_energy_needs_the_whole_rank_and_no_more() -> None:
+    assert rank_for_energy(torch.eye(5, 7), 1.0) == 5
+    assert rank_for_energy(torch.diag(torch.tensor([1.0, 0.0, 1.0])), 1.0) == 2
+    for share in (0.0, 1.01, -1, math.nan):
+        with pytest.raises(ValueError, match="share="):
+            rank_for_energy(torch.eye(3), share)
+
+
+def test_energy_curve_is_what_the_best_basis_captures() -> None:
+    A = torch.randn(12, 20, dtype=torch.float64)
+    curve = energy_curve(A)
+    for rank in (1, 5, 12):
+        assert captured_energy(A, exact_basis(A, rank).basis).square().item() == pytest.approx(curve[rank - 1].item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nuclear_norm_is_bounded_from_below(dtype: torch.dtype) -> None:
+    A = torch.randn(3, 20, 30).to(dtype)
+    norm = torch.linalg.matrix_norm(A.float(), ord="nuc")
+    bounds = torch.stack([nuclear_norm_bound(A, n_iter=n) for n in (0, 3, 10, 25)])
+    assert (bounds.diff(dim=0) > -1e-3).all()
+    assert (bounds <= norm * (1 + 1e-5)).all()
+    assert (bounds[2] > 0.95 * norm).all()
+    torch.testing.assert_close(bounds[3], norm, rtol=1e-3, atol=0)
+    torch.testing.assert_close(nuclear_norm_bound(A.mT), bounds[2])
+
+
+@pytest.mark.parametrize("function", [stable_rank, effective_rank, energy_curve, nuclear_norm_bound])
+def test_spectra_of_bad_matrices_are_refused(function) -> None:
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        function(torch.full((3, 4), math.inf))
+    with pytest.raises(TypeError, match="int64"):
+        function(torch.ones(3, 4, dtype=torch.int64))

@@ -31,7 +31,16 @@ from subspan.linalg.sketch import (
     seeded_generator,
     sparse_sign_sketch,
 )
-from subspan.linalg.spectrum import captured_energy, principal_angles, subspace_overlap
+from subspan.linalg.spectrum import (
+    captured_energy,
+    effective_rank,
+    energy_curve,
+    nuclear_norm_bound,
+    principal_angles,
+    rank_for_energy,
+    stable_rank,
+    subspace_overlap,
+)
 from subspan.linalg.subspace import MethodChoice, SubspaceMethod, choose_method, subspace
 from subspan.linalg.tolerance import AdaptiveResult, FixedPrecision
 from subspan.linalg.truncated import residual_curve
@@ -55,10 +64,13 @@ __all__ = [
     "canonical_signs",
     "captured_energy",
     "choose_method",
+    "effective_rank",
+    "energy_curve",
     "exact_basis",
     "gaussian_sketch",
     "gram_basis",
     "hadamard_sketch",
+    "nuclear_norm_bound",
     "orthogonality_error",
     "orthonormalize",
     "principal_angles",
@@ -66,10 +78,12 @@ __all__ = [
     "randomized_range_finder",
     "randomized_svd",
     "range_finder",
+    "rank_for_energy",
     "residual_curve",
     "sampling_sketch",
     "seeded_generator",
     "sparse_sign_sketch",
+    "stable_rank",
     "subspace",
     "subspace_overlap",
 ]
