@@ -134,7 +134,7 @@ def test_a_zero_gradient_does_not_lock_the_limiter(case: Case) -> None:
 
 
 @every_case
-@pytest.mark.parametrize("size", [1e-30, 1e-12, 1e12, 1e30])
+@pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_tiny_and_huge_gradients_stay_finite(case: Case, size: float) -> None:
     named = parameters()
     optimizer = case(case.groups(named))
@@ -164,7 +164,7 @@ def test_adam_forgets_the_size_of_the_gradient(case: Case, size: float) -> None:
 
 @every_case
 @pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
-@pytest.mark.parametrize("when", [0, 2, 4, 5])
+@pytest.mark.parametrize("when", [0, 2, 4])
 @pytest.mark.parametrize("victim", ["layers.0.up.weight", "norm.weight"])
 def test_non_finite_gradient_is_skipped_for_that_parameter(case: Case, bad: float, when: int, victim: str) -> None:
     """Others are updated; its weight, moments and basis are kept; counted, and one warning per parameter."""
@@ -258,7 +258,7 @@ def test_finite_gradients_near_the_largest_number_leave_no_nan(case: Case, dtype
 def test_a_sparse_gradient_is_an_error_that_names_the_parameter(case: Case) -> None:
     table = nn.Parameter(torch.ones(5, 4))
     optimizer = case.dense({"embedding.weight": table})
-    table.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 4), (5, 4))
+    table.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.ones(1, 4), (5, 4), check_invariants=True)
     with pytest.raises((ValueError, RuntimeError), match=r"embedding\.weight"):
         optimizer.step()
 

@@ -155,6 +155,20 @@ def test_resume_restores_the_settings_of_the_groups(case: Case) -> None:
 
 
 @every_case
+def test_resume_goes_on_with_the_seed_of_the_checkpoint(case: Case) -> None:
+    """Another seed in the constructor would draw other subspaces from the next refresh on."""
+    straight = parameters()
+    optimizer = case(case.groups(straight), seed=3)
+    train(optimizer, straight, 3)
+    resumed = clone(straight)
+    again = case(case.groups(resumed), seed=9)
+    again.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    train(optimizer, straight, range(3, 10))
+    train(again, resumed, range(3, 10))
+    assert identical(straight, resumed)
+
+
+@every_case
 def test_dtypes_survive_loading_into_bf16_parameters(case: Case) -> None:
     """torch casts loaded state to the parameter's dtype: fp32 moments would lose digits, 70001 would become 70144."""
     low_rank, dense = everything(torch.bfloat16)

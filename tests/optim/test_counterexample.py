@@ -40,8 +40,7 @@ def share_left(recipe: Any, seed: int, proj_type: str = "left", **settings: Any)
     return ((X.detach()[: N - R] + B).norm() ** 2 / B.norm() ** 2).item()
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("proj_type", ["left", "std"])
+@pytest.mark.parametrize(("seed", "proj_type"), [(0, "left"), (1, "left"), (2, "std")])
 def test_galore_with_exact_svd_stalls(seed: int, proj_type: str) -> None:
     assert share_left(GaLore, seed, proj_type, svd="exact") > 1 - 1e-9
 
