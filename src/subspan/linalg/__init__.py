@@ -43,6 +43,7 @@ from subspan.linalg.spectrum import (
 )
 from subspan.linalg.subspace import MethodChoice, SubspaceMethod, choose_method, subspace
 from subspan.linalg.tolerance import AdaptiveResult, FixedPrecision
+from subspan.linalg.tracking import dct_basis, grassmann_step, largest_rows, oja_step, power_step, svd_update
 from subspan.linalg.truncated import residual_curve
 
 __all__ = [
@@ -64,15 +65,20 @@ __all__ = [
     "canonical_signs",
     "captured_energy",
     "choose_method",
+    "dct_basis",
     "effective_rank",
     "energy_curve",
     "exact_basis",
     "gaussian_sketch",
     "gram_basis",
+    "grassmann_step",
     "hadamard_sketch",
+    "largest_rows",
     "nuclear_norm_bound",
+    "oja_step",
     "orthogonality_error",
     "orthonormalize",
+    "power_step",
     "principal_angles",
     "random_stiefel",
     "randomized_range_finder",
@@ -86,4 +92,5 @@ __all__ = [
     "stable_rank",
     "subspace",
     "subspace_overlap",
+    "svd_update",
 ]
