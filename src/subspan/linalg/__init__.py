@@ -23,6 +23,7 @@ from subspan.linalg.range_finder import (
     randomized_svd,
     range_finder,
 )
+from subspan.linalg.sharded import RowShardedOperator
 from subspan.linalg.sketch import (
     SketchKind,
     gaussian_sketch,
@@ -41,7 +42,9 @@ from subspan.linalg.spectrum import (
     stable_rank,
     subspace_overlap,
 )
+from subspan.linalg.structured import OuterProductOperator, SumOperator, TransposedOperator
 from subspan.linalg.subspace import MethodChoice, SubspaceMethod, choose_method, subspace
+from subspan.linalg.tensors import TuckerResult, TwoSidedResult, hosvd, st_hosvd, two_sided_range_finder, unfold
 from subspan.linalg.tolerance import AdaptiveResult, FixedPrecision
 from subspan.linalg.tracking import dct_basis, grassmann_step, largest_rows, oja_step, power_step, svd_update
 from subspan.linalg.truncated import residual_curve
@@ -55,10 +58,16 @@ __all__ = [
     "MatrixOperator",
     "MethodChoice",
     "OrthonormalMethod",
+    "OuterProductOperator",
     "RangeFinderResult",
+    "RowShardedOperator",
     "SVDResult",
     "SketchKind",
     "SubspaceMethod",
+    "SumOperator",
+    "TransposedOperator",
+    "TuckerResult",
+    "TwoSidedResult",
     "adaptive_range_finder",
     "as_operator",
     "blocked_gram_schmidt",
@@ -73,6 +82,7 @@ __all__ = [
     "gram_basis",
     "grassmann_step",
     "hadamard_sketch",
+    "hosvd",
     "largest_rows",
     "nuclear_norm_bound",
     "oja_step",
@@ -89,8 +99,11 @@ __all__ = [
     "sampling_sketch",
     "seeded_generator",
     "sparse_sign_sketch",
+    "st_hosvd",
     "stable_rank",
     "subspace",
     "subspace_overlap",
     "svd_update",
+    "two_sided_range_finder",
+    "unfold",
 ]
