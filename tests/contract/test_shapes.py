@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from references.apollo import APOLLOReference
+from references.frugal import FRUGALReference, rows_basis
+from references.golore import GoLoreReference
+from torch import Tensor, nn
 
 from contract.cases import LOW_RANK, Case, clone, difference, parameters, random_matrix, train
-from subspan.optim import GaLore
+from subspan.optim import GaLore, create_optimizer
 
 EXACT = [
     Case("galore", {"svd": "exact", "stagger": False}),
@@ -39,6 +44,43 @@ def test_stacked_experts_equal_a_loop_over_the_experts(case: Case, shape: tuple[
         other.step()
     together = torch.stack([loop[f"{i}"].detach() for i in range(count)])
     assert difference({"experts": stack["experts"]}, {"experts": together}) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(10, 16), (16, 10)], ids=str)
+@pytest.mark.parametrize("method", ["golore", "apollo", "apollo_mini", "frugal rows", "frugal stiefel"])
+def test_every_expert_follows_the_reference_in_its_own_subspace(method: str, shape: tuple[int, int]) -> None:
+    """The random subspaces are read from the state: norms, scales and limiters belong to one expert, not the stack."""
+    count, side = 3, 10
+    recipe, _, subspace = method.partition(" ")
+    keys: dict[str, Any] = {"rank": 1 if recipe == "apollo_mini" else 4, "update_proj_gap": 4}
+    if recipe == "frugal":
+        keys = {"density": 0.4, "update_proj_gap": 4}
+    settings: dict[str, Any] = {"subspace": subspace} if subspace else {"stagger": False}
+    (p,) = parameters({"experts": (count, *shape)}).values()
+    optimizer = create_optimizer(recipe, [{"params": [("experts", p)], **keys}], lr=1e-2, **settings)
+
+    def basis_of(expert: int) -> Tensor:
+        state = optimizer.state[p]
+        return rows_basis(state["rows"][expert], side) if "rows" in state else state["basis"][expert]
+
+    def reference(expert: int) -> Any:
+        def find(*_: Any) -> Tensor:
+            return basis_of(expert)
+
+        if recipe == "golore":
+            return GoLoreReference(draw=find, lr=1e-2, **keys)
+        if recipe == "frugal":
+            return FRUGALReference(side=side, find=find, lr=1e-2, **keys)
+        scale = {"tensor": True, "scale": 128.0} if recipe == "apollo_mini" else {}
+        return APOLLOReference(find=find, lr=1e-2, **scale, **keys)
+
+    references = [reference(expert) for expert in range(count)]
+    W = list(p.detach().double())
+    for step in range(10):
+        p.grad = stacked_gradients(count, shape, step) * torch.tensor([1.0, 30.0, 0.1])[:, None, None]
+        optimizer.step()
+        W = [loop.step(w, G) for loop, w, G in zip(references, W, p.grad, strict=True)]
+        assert (p.detach().double() - torch.stack(W)).abs().max() < 1e-5, step
 
 
 @pytest.mark.parametrize("case", LOW_RANK, ids=str)

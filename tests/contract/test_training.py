@@ -168,6 +168,24 @@ def test_parameter_without_gradient_stays(case: Case) -> None:
 
 
 @every_case
+def test_a_parameter_that_joins_late_has_a_clock_of_its_own(case: Case) -> None:
+    """Its bias correction counts its own steps, though it is worked on together with older ones of its shape."""
+    shapes = {f"{i}": (8, 12) for i in range(4)}
+    named, lonely = parameters(shapes), parameters(shapes)
+    together, apart = case(case.groups(named)), case(case.groups(lonely))
+    for step in range(9):
+        for optimizer, tensors, starts in ((together, named, (0, 0, 0, 3)), (apart, lonely, (99, 99, 99, 3))):
+            set_gradients(tensors, step)
+            for p, start in zip(tensors.values(), starts, strict=True):
+                if step < start:
+                    p.grad = None
+            optimizer.step()
+            optimizer.zero_grad()
+    assert difference({"3": named["3"]}, {"3": lonely["3"]}) < 1e-6
+    assert difference({"3": named["3"]}, {"3": parameters(shapes)["3"]}) > 1e-3
+
+
+@every_case
 def test_frozen_parameter_stays(case: Case) -> None:
     named = parameters()
     named["layers.0.q.weight"].requires_grad_(False)
