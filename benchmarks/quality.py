@@ -282,8 +282,15 @@ def summary(args: argparse.Namespace) -> None:
             f"| {contender} | {rates} | {perplexities} | {against} "
             f"| {one['state_bytes'] / 1e6:.1f} | {one['optimizer_step_cpu_ms']:.0f} |"
         )
-    if against := relative(best, "galore", "galore_torch"):
-        print(f"\ngalore against galore_torch, %, seed by seed: {', '.join(f'{x:+.2f}' for x in against)}")
+    peers = {(r["lr"], r["ratio"], r["seed"]): r["perplexity"] for r in runs if r["contender"] == "galore_torch"}
+    print("\ngalore against galore_torch at equal rates, batches and initial weights:")
+    for r in runs:
+        peer = peers.get((r["lr"], r["ratio"], r["seed"]))
+        if r["contender"] == "galore" and peer and r["perplexity"]:
+            change = 100 * (r["perplexity"] / peer - 1)
+            print(
+                f"lr {r['lr']:g} f {r['ratio']:g} seed {r['seed']}: {r['perplexity']:.2f} / {peer:.2f} = {change:+.1f} %"
+            )
     print("\nAll points of the sweep (perplexity, seeds averaged):\n")
     print("| contender | lr | f | perplexity | seeds |")
     print("|---|---|---|---|---|")
