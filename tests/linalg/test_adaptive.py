@@ -307,8 +307,7 @@ def test_left_and_right_looking_forms_agree() -> None:
     left = find(A, rtol=0.02, max_rank=24, method="householder_left")
     k = min(left.rank, right.rank)
     assert k >= 16
-    # The first panel is the same one; later ones meet other test matrices, since Qᵀ(AΩ) = (QᵀA)Ω are equal in law and
-    # in numbers.
+    # Both meet the same test matrices, and Qᵀ(AΩ) = (QᵀA)Ω.
     torch.testing.assert_close(left.compact_wy.V[:, :k], right.compact_wy.V[:, :k], rtol=0, atol=1e-9)
     torch.testing.assert_close(left.projected[:k], right.projected[:k], rtol=0, atol=1e-9)
 

@@ -71,6 +71,7 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow  # starts of processes
 @pytest.mark.parametrize("world", [2, 4])
 def test_sharded_is_unsharded(world: int, tmp_path: Path) -> None:
     with socket.socket() as free:
