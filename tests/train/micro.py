@@ -59,6 +59,7 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
         "output": str(folder / "run"),
         "vocab_size": 300,
         "rank": 8,
+        "lr_scale": 1.0,
         "seq_len": 16,
         "batch_size": 4,
         "steps": 12,

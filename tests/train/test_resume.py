@@ -99,6 +99,24 @@ def test_a_stream_continues_bit_exactly(tmp_path: Path, monkeypatch: pytest.Monk
     assert_equal_runs(tmp_path / "whole", tmp_path / "cut", 12)
 
 
+@pytest.mark.filterwarnings("ignore:.*NaN or Inf")
+def test_the_count_of_skipped_steps_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = PretrainTrainer._clip_grad_norm
+
+    def poison(self: PretrainTrainer, model: torch.nn.Module) -> Any:
+        norm = original(self, model)
+        if self.state.global_step == 1:
+            model.get_parameter("lm_head.weight").grad.fill_(torch.nan)  # type: ignore[union-attr]
+        return norm
+
+    monkeypatch.setattr(PretrainTrainer, "_clip_grad_norm", poison)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stop_after(patch, 7)
+        run(tmp_path)
+    assert run(tmp_path, resume="auto").skipped_steps == 1
+    assert [line["skipped_steps"] for line in metrics(tmp_path / "run") if "loss" in line] == [0, 1, 1, 1, 1]
+
+
 def test_a_model_with_dropout_continues_bit_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings(tmp_path)
     gpt2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": 300}

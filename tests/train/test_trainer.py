@@ -212,7 +212,10 @@ def test_a_diverged_run_writes_json_and_says_so(tmp_path: Path) -> None:
     assert summary.finished
     # json.loads would take NaN, but JSON knows no NaN.
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert metrics(tmp_path / "run")[-1]["eval_loss"] is None
+    lines = metrics(tmp_path / "run")
+    assert lines[-1]["eval_loss"] is None
+    # Not the mean of the losses before, which the Trainer would show by default.
+    assert [line["loss"] for line in lines if "loss" in line][-1] is None
 
 
 def test_activation_checkpointing_changes_no_number(tmp_path: Path, trainers: list[PretrainTrainer]) -> None:
@@ -316,6 +319,14 @@ def test_what_cannot_be_trained(tmp_path: Path, changes: dict[str, Any], message
         run(tmp_path, **changes)
     # A run that was refused leaves nothing that would stand in the way of the next.
     assert not list(tmp_path.glob("run/*"))
+
+
+def test_a_reporter_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="report_to is 'wandb', which is not installed: pip install wandb"):
+        run(tmp_path, report_to="wandb")
 
 
 def test_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from subspan.train.config import write_text
@@ -105,8 +106,8 @@ class ProgressCallback(TrainerCallback):
             TextColumn("[bold]step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
             console=console,
             disable=not console.is_terminal,
         )
@@ -141,7 +142,7 @@ class ProgressCallback(TrainerCallback):
             )
         elif "loss" in logs:
             figures = (
-                f"loss {logs['loss']:.4f}  lr {logs['learning_rate']:.2e}  {logs['tokens_per_second']:,.0f} tokens/s  "
+                f"loss {logs['loss']:.4f} lr {logs['learning_rate']:.1e} {logs['tokens_per_second']:,.0f} tokens/s "
                 f"peak {logs['peak_memory_bytes'] / 2**30:.2f} GiB"
             )
             self.bar.update(self.task, figures=figures)

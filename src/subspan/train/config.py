@@ -41,7 +41,8 @@ class PretrainConfig:
         optimizer: Further settings of the method, such as ``--optimizer.update_proj_gap 50 --optimizer.scale 0.25``.
             update_proj_gap is by default a tenth of the steps, at most the method's own.
         lr: Peak learning rate. None: the method's own.
-        lr_scale: Factor on the learning rate of the projected matrices.
+        lr_scale: Factor on the learning rate of the projected matrices, which want a lower one than the embeddings and
+            the head.
         other_lr_scale: Factor on the learning rate of all other parameters.
         weight_decay: Decoupled weight decay.
         max_grad_norm: Gradients are clipped to this norm; 0 clips nothing.
@@ -76,22 +77,22 @@ class PretrainConfig:
     exclude: list[str] = field(default_factory=list)
     optimizer: dict[str, Any] = field(default_factory=dict)
     lr: float | None = None
-    lr_scale: float = 1.0
+    lr_scale: float = 0.25
     other_lr_scale: float = 1.0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.1
-    steps: int = 500
-    batch_size: int = 8
+    steps: int = 800
+    batch_size: int = 4
     grad_accumulation: int = 1
     seq_len: int = 128
     dtype: Literal["float32", "bfloat16", "amp"] = "float32"
     activation_checkpointing: bool = False
-    eval_every: int = 100
-    eval_batches: int = 10
+    eval_every: int = 200
+    eval_batches: int = 40
     log_every: int = 10
-    save_every: int = 100
+    save_every: int = 200
     keep_checkpoints: int = 2
     seed: int = 0
     output: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import os
 from typing import Any
@@ -55,6 +56,8 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> RunSu
         3105.2
     """
     console = console or Console()
+    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
+        raise ValueError(f"report_to is {config.report_to!r}, which is not installed: pip install {config.report_to}.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("subspan pretrain trains in one process; start it without torchrun.")
     folder = open_run_folder(config)
