@@ -288,9 +288,8 @@ def summary(args: argparse.Namespace) -> None:
         peer = peers.get((r["lr"], r["ratio"], r["seed"]))
         if r["contender"] == "galore" and peer and r["perplexity"]:
             change = 100 * (r["perplexity"] / peer - 1)
-            print(
-                f"lr {r['lr']:g} f {r['ratio']:g} seed {r['seed']}: {r['perplexity']:.2f} / {peer:.2f} = {change:+.1f} %"
-            )
+            where = f"lr {r['lr']:g} f {r['ratio']:g} seed {r['seed']}"
+            print(f"{where}: {r['perplexity']:.2f} / {peer:.2f} = {change:+.1f} %")
     print("\nAll points of the sweep (perplexity, seeds averaged):\n")
     print("| contender | lr | f | perplexity | seeds |")
     print("|---|---|---|---|---|")
