@@ -80,7 +80,7 @@ def in_units(A: Tensor, rank: int, methods: dict[str, Callable[[], Any]], rounds
     ratios: dict[str, list[float]] = {name: [] for name in methods}
     for i in range(rounds + 1):
         for name, method in methods.items():
-            unit = min(seconds(lambda: Q.mT @ A)[0] for _ in range(3))
+            unit = statistics.median(seconds(lambda: Q.mT @ A)[0] for _ in range(3))
             ratio = seconds(method)[0] / unit
             if i:  # the first round warms up
                 ratios[name].append(ratio)
