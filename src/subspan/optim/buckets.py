@@ -25,6 +25,7 @@ class Work:
 
     name: str
     parameter: Tensor
+    gradient: Tensor
     group: dict[str, Any]
     geometry: Geometry | None
     due: bool

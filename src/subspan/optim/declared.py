@@ -13,6 +13,7 @@ from subspan.optim.dense import state_dtype
 from subspan.optim.groups import check_group, complete_group, is_projected
 from subspan.optim.matrix import as_matrix, oriented, projects_right
 from subspan.optim.method import Geometry, Method, Roster, State
+from subspan.optim.refresh import places_in_period
 from subspan.optim.table import ParameterRow, format_table
 from subspan.state import StateSpec
 
@@ -21,11 +22,13 @@ class DeclaredOptimizer(torch.optim.Optimizer):
     """An optimizer whose state follows from declarations, so that it can be planned, shown and checked."""
 
     method: Method
+    _cached_roster: Roster | None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its keys are checked, aliases resolved and ``lr_scale`` applied to its learning rate."""
         param_group = complete_group(param_group, self.defaults)
         super().add_param_group(param_group)
+        self._cached_roster = None
         group = self.param_groups[-1]
         try:
             check_group(group, self.method)
@@ -40,6 +43,7 @@ class DeclaredOptimizer(torch.optim.Optimizer):
                     self._geometry(name, parameter, group, {})
         except Exception:
             self.param_groups.pop()
+            self._cached_roster = None
             raise
 
     def _named(self, group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -51,13 +55,18 @@ class DeclaredOptimizer(torch.optim.Optimizer):
                 yield f"{index}.{position}", parameter
 
     def _roster(self) -> Roster:
-        """Names and sizes of all projected parameters."""
-        return tuple(
-            (name, parameter.numel())
-            for group in self.param_groups
-            if is_projected(group)
-            for name, parameter in self._named(group)
-        )
+        """Names and sizes of all projected parameters; kept until a group is added."""
+        if self._cached_roster is None:
+            self._cached_roster = tuple(
+                (name, parameter.numel())
+                for group in self.param_groups
+                if is_projected(group)
+                for name, parameter in self._named(group)
+            )
+        return self._cached_roster
+
+    def _places(self) -> dict[str, float]:
+        return places_in_period(self._roster())
 
     def _geometry(
         self, name: str, parameter: Tensor, group: dict[str, Any], state: Mapping[str, Tensor], *, refresh: bool = False
@@ -110,7 +119,7 @@ class DeclaredOptimizer(torch.optim.Optimizer):
         total: Counter[str] = Counter()
         for group in self.param_groups:
             for name, parameter in self._named(group):
-                if parameter.requires_grad:
+                if parameter.requires_grad and parameter.numel() > 0:
                     for key, spec in self._specs(name, parameter, group, self._state(parameter)).items():
                         total[key] += spec.nbytes
         return dict(total)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from subspan.optim.method import Inner, State
+from subspan.optim.method import Group, Inner, State
 from subspan.optim.tiling import tiles
+
+DenseWork = tuple[Tensor, Tensor, State]
 
 
 def state_dtype(parameter: Tensor) -> torch.dtype:
@@ -16,24 +16,35 @@ def state_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
-def step_dense(
-    inner: Inner, W: Tensor, G: Tensor, state: State, age: int, group: dict[str, Any], *, beta: float, alpha: float
-) -> None:
+def step_dense(inner: Inner, works: list[DenseWork], age: int, group: Group, *, beta: float, alpha: float) -> None:
     """W <- beta·W + alpha·U in place, U the inner rule's direction for the whole gradient.
 
-    One fused kernel where there is one; else row tiles, computed in float32 and rounded once.
+    All tensors that a fused kernel can take go through one call; the others go through row tiles, computed in float32
+    and rounded once.
 
     Args:
         inner: the rule.
-        W, G: a parameter of any shape and its gradient.
-        state: the parameter's state, updated in place.
+        works: (parameter of any shape, its gradient, its state) with one group and one age.
         age: number of gradients that the moments have seen, this one included.
-        group: the parameter's group.
+        group: the parameters' group.
         beta: decay factor.
         alpha: minus the learning rate.
     """
-    if inner.step_dense(W, G, state, age, group, beta=beta, alpha=alpha):
-        return
+    fused: dict[tuple[torch.dtype, torch.device], list[DenseWork]] = {}
+    for work in works:
+        W, G, _ = work
+        # The kernel walks memory: its tensors must have one dtype and one layout.
+        if inner.fuses and W.dtype == G.dtype == state_dtype(W) and W.is_contiguous() and G.is_contiguous():
+            fused.setdefault((W.dtype, W.device), []).append(work)
+        else:
+            _step_tiles(inner, work, age, group, beta=beta, alpha=alpha)
+    for same in fused.values():
+        Ws, Gs, states = (list(column) for column in zip(*same, strict=True))
+        inner.step_fused(Ws, Gs, states, age, group, beta=beta, alpha=alpha)
+
+
+def _step_tiles(inner: Inner, work: DenseWork, age: int, group: Group, *, beta: float, alpha: float) -> None:
+    W, G, state = work
     dtype = state_dtype(W)
     moments = {key: state[key] for key in inner.specs(tuple(W.shape), dtype, group)}
     if not W.is_contiguous():

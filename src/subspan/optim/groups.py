@@ -41,7 +41,8 @@ def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str,
             aliases = [alias for alias in group if ALIASES.get(alias) == name]
             raise ValueError(f"a parameter group has both {name!r} and its alias {aliases[0]!r}; keep one of them")
         complete[name] = value
-    factor = complete.setdefault("lr_scale", 1.0)
+    # Taken out, so that groups which are used again are not scaled again.
+    factor = complete.pop("lr_scale", 1.0)
     if factor < 0.0:
         raise ValueError(f"lr_scale={factor!r} is not allowed; it must be a number >= 0")
     if factor != 1.0:
@@ -61,21 +62,23 @@ def check_group(group: Group, method: Method) -> None:
             raise ValueError(f"{method.name}: {key}={group[key]!r} is not allowed; it must be {allowed}")
 
     def number(key: str, low: float, allowed: str) -> None:
-        value = group.get(key)
-        if value is not None:
-            demand(not isinstance(value, bool) and isinstance(value, (int, float)) and value >= low, key, allowed)
+        if key in group:
+            demand(_is_number(group[key]) and group[key] >= low, key, allowed)
 
     lr = group["lr"]
-    demand(not isinstance(lr, Tensor) or lr.numel() == 1, "lr", "a number or a tensor with one element")
+    single = isinstance(lr, Tensor) and lr.numel() == 1
+    demand(_is_number(lr) or single, "lr", "a number or a tensor with one element")
     demand(float(lr) >= 0.0, "lr", "a number >= 0")
-    for key in ("eps", "weight_decay", "sign_scale"):
+    for key in ("eps", "weight_decay", "sign_scale", "scale"):
         number(key, 0.0, "a number >= 0")
-    number("limiter", 1.0, "a number >= 1, or None for no limit")
-    number("scale", 0.0, "a number >= 0")
-    number("golore_after", 0, "a step >= 0")
-    if "betas" in group:
-        betas = group["betas"]
-        demand(len(betas) == 2 and all(0.0 <= float(beta) < 1.0 for beta in betas), "betas", "two numbers in [0, 1)")
+    if group.get("limiter") is not None:
+        number("limiter", 1.0, "a number >= 1, or None for no limit")
+    if "golore_after" in group:
+        after = group["golore_after"]
+        demand(after == 0 or _is_count(after), "golore_after", "a step: an integer >= 0")
+    betas = group.get("betas", (0.0, 0.0))
+    pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+    demand(pair and all(_is_number(beta) and 0.0 <= beta < 1.0 for beta in betas), "betas", "two numbers in [0, 1)")
     if not method.projects:
         return
     gap, rank, density = group["update_proj_gap"], group["rank"], group.get("density")
@@ -83,8 +86,13 @@ def check_group(group: Group, method: Method) -> None:
     demand(group["proj_type"] in PROJ_TYPES, "proj_type", f"one of {', '.join(PROJ_TYPES)}")
     demand(rank is None or _is_count(rank), "rank", "an integer >= 1, or None for a dense group")
     if density is not None:
-        demand(0.0 <= density <= 1.0, "density", "a number in [0, 1], or None for a dense group")
+        share = _is_number(density) and 0.0 <= density <= 1.0
+        demand(share, "density", "a number in [0, 1], or None for a dense group")
         demand(rank is None, "rank", "None where a density is given")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_count(value: object) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from subspan.optim.groups import STRUCTURAL
+from subspan.optim.method import Method
 from subspan.state import StateSpec
 
 Declare = Callable[[str, Tensor, dict[str, Any], Mapping[str, Tensor]], dict[str, StateSpec]]
@@ -105,11 +106,11 @@ def _load_parameter(
     return state
 
 
-def check_origin(state_dict: Mapping[str, Any], method: str) -> Mapping[str, Any] | None:
-    """The origin (method, seed, schema) that a state records, None where it records none.
+def check_origin(state_dict: Mapping[str, Any], method: Method) -> Mapping[str, Any] | None:
+    """The origin (method, parts, seed, schema) that a state records, None where it records none.
 
     Raises:
-        ValueError: no optimizer state at all, another method, or a newer format.
+        ValueError: no optimizer state at all, another method, other parts, or a newer format.
     """
     for key in ("state", "param_groups"):
         if key not in state_dict:
@@ -118,8 +119,13 @@ def check_origin(state_dict: Mapping[str, Any], method: str) -> Mapping[str, Any
     if origin is not None:
         if origin["schema"] > SCHEMA:
             raise ValueError(f"the checkpoint has format {origin['schema']}, newer than {SCHEMA}; update subspan")
-        if origin["method"] != method:
-            raise ValueError(f"the checkpoint was written by the method {origin['method']!r}, this one is {method!r}")
+        if origin["method"] != method.name:
+            raise ValueError(
+                f"the checkpoint was written by the method {origin['method']!r}, this one is {method.name!r}"
+            )
+        for part, here in method.parts().items():
+            if origin["parts"][part] != here:
+                raise ValueError(f"{method.name}: the checkpoint has {part} {origin['parts'][part]}, this one {here}")
     return origin
 
 

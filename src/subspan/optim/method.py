@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -29,6 +29,16 @@ from subspan.state import StateSpec
 State = dict[str, Tensor]
 Group = Mapping[str, Any]
 Roster = tuple[tuple[str, int], ...]  # (name, elements) of every projected parameter
+
+
+def check_flag(name: str, value: object) -> None:
+    """Refuse anything but True and False: a string such as "no" would count as true.
+
+    Raises:
+        ValueError: naming the setting and its value.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} is not allowed; it must be True or False")
 
 
 @dataclass(frozen=True)
@@ -104,8 +114,8 @@ class Refresh(ABC):
     """When? Gives the step at which the subspace is chosen anew."""
 
     @abstractmethod
-    def next_refresh(self, step: int, first: bool, phase: float, group: Group) -> int:
-        """Step of the refresh after the one at ``step``; ``phase`` in [0, 1) is the parameter's place in the period."""
+    def next_refresh(self, step: int, first: bool, place: Callable[[], float], group: Group) -> int:
+        """Step of the refresh after the one at ``step``; ``place`` gives the place in the period, in [0, 1)."""
 
 
 class Transport(ABC):
@@ -142,11 +152,22 @@ class Inner(ABC):
         """The factor that bias correction contributed to the direction."""
         return 1.0
 
-    def step_dense(
-        self, W: Tensor, G: Tensor, state: State, age: int, group: Group, *, beta: float, alpha: float
-    ) -> bool:
-        """W <- beta·W + alpha·U in one fused kernel; False when there is none for these tensors (nothing is done)."""
-        return False
+    #: Whether `step_fused` is there.
+    fuses: ClassVar[bool] = False
+
+    def step_fused(
+        self,
+        Ws: list[Tensor],
+        Gs: list[Tensor],
+        states: list[State],
+        age: int,
+        group: Group,
+        *,
+        beta: float,
+        alpha: float,
+    ) -> None:
+        """W <- beta·W + alpha·U for contiguous tensors of one dtype, in one kernel."""
+        raise TypeError(f"{type(self).__name__} has no fused kernel")
 
 
 @dataclass(frozen=True)
@@ -223,6 +244,8 @@ class Method:
     def __post_init__(self) -> None:
         if self.decay not in ("before", "after"):
             raise ValueError(f"decay={self.decay!r}: choose 'before' or 'after'")
+        if not isinstance(self.inner, Inner):
+            raise ValueError(f"inner={self.inner!r} is not allowed; it must be an inner rule such as Adam() or SGD()")
         parts = (self.subspace, self.refresh, self.transport, self.lift)
         if any(part is None for part in parts) and any(part is not None for part in parts):
             raise ValueError(f"{self.name}: give subspace, refresh, transport and lift together, or none of them")
@@ -234,6 +257,10 @@ class Method:
                         f"{self.name}: {type(part).__name__} needs an orthonormal basis, "
                         f"which {type(self.subspace).__name__} does not give"
                     )
+
+    def parts(self) -> dict[str, str]:
+        """Each part as text: two methods with equal parts train alike."""
+        return {field.name: repr(getattr(self, field.name)) for field in fields(self)}
 
     @property
     def projects(self) -> bool:

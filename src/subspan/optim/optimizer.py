@@ -20,10 +20,9 @@ from subspan.optim.declared import DeclaredOptimizer
 from subspan.optim.dense import state_dtype, step_dense
 from subspan.optim.groups import is_projected, unknown_setting
 from subspan.optim.matrix import oriented, write_back
-from subspan.optim.method import Method, State, Step
+from subspan.optim.method import Method, Roster, State, Step
 from subspan.optim.param_groups import GROUPING, param_groups
 from subspan.optim.projection import drop_round_off
-from subspan.optim.refresh import place_in_period
 from subspan.optim.screen import nonfinite_gradients, nonfinite_projections
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]] | nn.Module
@@ -78,6 +77,7 @@ class LowRankOptimizer(DeclaredOptimizer):
         self.skipped_steps = 0
         self._warned: set[str] = set()
         self._bound: dict[str, Tensor] = {}
+        self._cached_roster: Roster | None = None
         super().__init__(params, defaults)
         if method.projects and not any(is_projected(group) for group in self.param_groups):
             raise ValueError(
@@ -92,7 +92,7 @@ class LowRankOptimizer(DeclaredOptimizer):
         self._rebind()
         for group in self.param_groups:
             for name, parameter in self._named(group):
-                if parameter.requires_grad:
+                if parameter.requires_grad and parameter.numel() > 0:
                     self._ensure_state(name, parameter, group)
 
     def _ensure_state(self, name: str, parameter: Tensor, group: dict[str, Any]) -> State:
@@ -143,13 +143,10 @@ class LowRankOptimizer(DeclaredOptimizer):
             raise FloatingPointError(f"{', '.join(bad[:5])}: the gradient holds NaN or Inf; nothing was changed")
         for name in bad:
             self._skip(name)
-        tasks: list[Task] = []
-        for item in work:
-            if item.name not in bad:
-                task = self._prepare(item)
-                if task is not None:
-                    tasks.append(task)
-        for bucket in buckets(tasks):
+        good = [item for item in work if item.name not in bad]
+        self._step_dense([item for item in good if item.geometry is None])
+        tasks = [self._prepare(item) for item in good if item.geometry is not None]
+        for bucket in buckets(task for task in tasks if task is not None):
             self._step_bucket(bucket)
         return loss
 
@@ -158,7 +155,8 @@ class LowRankOptimizer(DeclaredOptimizer):
         state = self._state(parameter)
         geometry = self._geometry(name, parameter, group, state)
         due = geometry is not None and (not state or int(state["step"]) >= int(state["next_refresh"]))
-        return Work(name, parameter, group, geometry, due)
+        assert parameter.grad is not None
+        return Work(name, parameter, parameter.grad, group, geometry, due)
 
     def _shown_by_projection(self, work: Work) -> bool:
         """Whether R will show that the gradient is not finite, early enough and without a look at the gradient.
@@ -180,25 +178,31 @@ class LowRankOptimizer(DeclaredOptimizer):
         if name not in self._warned:
             self._warned.add(name)
             warnings.warn(
-                f"{name}: the gradient, or its projection, holds NaN or Inf; this parameter and its state are left "
-                "alone in this step (counted in skipped_steps; shown once for each parameter)",
+                f"{name}: the gradient holds NaN or Inf, or its projection is too large to be squared; this parameter "
+                "and its state are left alone in this step (counted in skipped_steps; shown once for each parameter)",
                 RuntimeWarning,
                 stacklevel=5,
             )
 
-    def _prepare(self, work: Work) -> Task | None:
-        """Step one parameter if it is dense or its subspace is due for a refresh; else return what is to be done."""
-        name, parameter, group, geometry = work.name, work.parameter, work.group, work.geometry
-        state = self._ensure_state(name, parameter, group)
-        gradient = parameter.grad
-        assert gradient is not None
-        step = int(state["step"])
-        if geometry is None:
+    def _step_dense(self, works: list[Work]) -> None:
+        """Step all dense parameters, those of one group and age together."""
+        alike: dict[tuple[int, int], list[Work]] = {}
+        for work in works:
+            state = self._ensure_state(work.name, work.parameter, work.group)
             state["step"] += 1
+            alike.setdefault((id(work.group), int(state["step"])), []).append(work)
+        for (_, age), same in alike.items():
+            group = same[0].group
             beta, alpha = self._factors(group)
-            step_dense(self.method.inner, parameter, gradient, state, step + 1, group, beta=beta, alpha=alpha)
-            return None
-        assert self.method.transport is not None
+            tensors = [(work.parameter, work.gradient, self.state[work.parameter]) for work in same]
+            step_dense(self.method.inner, tensors, age, group, beta=beta, alpha=alpha)
+
+    def _prepare(self, work: Work) -> Task | None:
+        """Step one projected parameter if its subspace is due for a refresh; else return what is to be done."""
+        name, parameter, gradient, group, geometry = work.name, work.parameter, work.gradient, work.group, work.geometry
+        assert geometry is not None and self.method.transport is not None
+        state = self._ensure_state(name, parameter, group)
+        step = int(state["step"])
         right = self._right(parameter, group)
         projected = None
         if work.due:
@@ -240,8 +244,8 @@ class LowRankOptimizer(DeclaredOptimizer):
         if "rank" in state:
             state["rank"].fill_(geometry.rank)
         state["refreshes"] += 1
-        phase = place_in_period(name, self._roster()) if refreshes == 0 else 0.0
-        state["next_refresh"].fill_(method.refresh.next_refresh(step, refreshes == 0, phase, group))
+        due = method.refresh.next_refresh(step, refreshes == 0, lambda: self._places()[name], group)
+        state["next_refresh"].fill_(due)
         return projected
 
     def _step_bucket(self, bucket: list[Task]) -> None:
@@ -301,7 +305,13 @@ class LowRankOptimizer(DeclaredOptimizer):
     def state_dict(self) -> dict[str, Any]:
         """State, groups and the origin (method, seed, format) as tensors and plain values."""
         self._rebind()
-        origin = {"method": self.method.name, "seed": self.seed, "schema": loading.SCHEMA}
+        origin = {
+            "schema": loading.SCHEMA,
+            "method": self.method.name,
+            "parts": self.method.parts(),
+            "seed": self.seed,
+            "skipped_steps": self.skipped_steps,
+        }
         return {**super().state_dict(), "subspan": origin}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -318,7 +328,7 @@ class LowRankOptimizer(DeclaredOptimizer):
             replaced = pre_hook(self, state_dict)
             if replaced is not None:
                 state_dict = replaced
-        origin = loading.check_origin(state_dict, self.method.name)
+        origin = loading.check_origin(state_dict, self.method)
         saved_groups = state_dict["param_groups"]
         loaded = loading.load_parameters(self.param_groups, saved_groups, state_dict["state"], self._specs)
         groups = []
@@ -332,10 +342,11 @@ class LowRankOptimizer(DeclaredOptimizer):
         self._bound = {name: parameter for name, (parameter, _) in loaded.items()}
         if origin is not None:
             self.seed = origin["seed"]
+            self.skipped_steps = origin["skipped_steps"]
         self.__setstate__({"state": state, "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("method", "seed", "nonfinite", "skipped_steps", "_warned", "_bound")
+        own = ("method", "seed", "nonfinite", "skipped_steps", "_warned", "_bound", "_cached_roster")
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}

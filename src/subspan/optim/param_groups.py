@@ -32,8 +32,10 @@ def param_groups(
     """Parameter groups for a low-rank optimizer: the target matrices, the other matrices, and vectors.
 
     ``"all-linear"`` targets the weights of linear layers (also Hugging Face's ``Conv1D``) and stacks of experts (3-D
-    parameters), without embeddings and without the output head, which are recognised by type and by identity of the
-    weight. Biases, norms and all that is not a target stay dense. A tied weight appears once.
+    parameters), without embeddings and without output heads: what is tied to an embedding, what a Hugging Face model
+    names as its head or holds outside of its base model, and in a plain model the linear layers that have at least as
+    many outputs as the largest embedding has entries. Biases, norms and all that is not a target stay dense. A tied
+    weight appears once.
 
     Args:
         model: the model; only parameters that require a gradient are grouped.
@@ -59,7 +61,7 @@ def param_groups(
         >>> [(sorted(g.keys() & {"rank"}), [name for name, _ in g["params"]]) for g in param_groups(model, rank=4)]
         [(['rank'], ['1.weight', '2.weight']), ([], ['0.weight']), ([], ['1.bias', '2.bias'])]
     """
-    forbidden = _head_and_embeddings(model)
+    forbidden = _heads_and_embeddings(model)
     wanted, unwanted = _Pattern(target_modules), _Pattern(exclude) if exclude else None
     targets: list[tuple[str, nn.Parameter]] = []
     others: list[tuple[str, nn.Parameter]] = []
@@ -157,20 +159,29 @@ def _owned(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
             yield (f"{prefix}.{name}" if prefix else name), module, parameter
 
 
-def _head_and_embeddings(model: nn.Module) -> set[torch.Tensor]:
-    """Weights of embeddings, of what is tied to them, and of the output head."""
+def _heads_and_embeddings(model: nn.Module) -> set[torch.Tensor]:
+    """Weights of embeddings, of what is tied to them, and of output heads.
+
+    A Hugging Face model says what its head is: its output embeddings, and all that stands outside of its base model
+    (classifiers, regression heads). Of a plain model, every linear layer with at least as many outputs as the largest
+    embedding has entries counts as a head.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
     embeddings = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
     weights: set[torch.Tensor] = {module.weight for module in embeddings}
-    vocabularies = {module.num_embeddings for module in embeddings if module.num_embeddings > 2}
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    if head is not None and getattr(head, "weight", None) is not None:
-        weights.add(head.weight)
-    elif vocabularies:
-        # A plain model says nothing of its head: a linear layer onto the largest vocabulary, after all others, is one.
-        linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-        if linear and linear[-1].out_features == max(vocabularies):
-            weights.add(linear[-1].weight)
+    base, get_head = getattr(model, "base_model", None), getattr(model, "get_output_embeddings", None)
+    if isinstance(base, nn.Module) and callable(get_head):
+        head = get_head()
+        if getattr(head, "weight", None) is not None:
+            weights.add(head.weight)
+        if base is not model:
+            weights |= set(model.parameters()) - set(base.parameters())
+    elif embeddings:
+        largest = max(module.num_embeddings for module in embeddings)
+        linear = (module for module in model.modules() if isinstance(module, nn.Linear))
+        weights |= {module.weight for module in linear if module.out_features >= largest}
     return weights
 
 
@@ -178,6 +189,7 @@ def _is_linear(module: nn.Module, parameter: nn.Parameter) -> bool:
     """Whether ``parameter`` is the matrix of a linear layer or a stack of expert matrices."""
     if isinstance(module, (*_NEVER, *_CONVOLUTIONS)):
         return False
-    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+    if isinstance(module, (nn.Linear, nn.MultiheadAttention)) or type(module).__name__ == "Conv1D":
+        # Of torch's attention these are the input projections; its biases for keys and values have three dimensions.
         return parameter.ndim == 2
     return parameter.ndim == 3 and min(parameter.shape) > 1

@@ -91,6 +91,8 @@ def drop_round_off(R: Tensor, G: Tensor) -> Tensor:
         # ‖R‖_F is at most √r times the longest row: nearly always two numbers show that no row is to be dropped. A
         # device would have to wait for them.
         smallest, largest = (float(norm) for norm in norms.aminmax())
+        if not math.isfinite(largest):
+            return R  # left as it is for the executor to see
         if smallest > floor * math.sqrt(R.shape[-2]) * largest:
             return R
     return R.mul_(norms > floor * torch.linalg.vector_norm(norms, dim=-2, keepdim=True))

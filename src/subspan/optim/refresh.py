@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from subspan.optim.method import Group, Refresh, Roster
+from subspan.optim.method import Group, Refresh, Roster, check_flag
 from subspan.optim.names import natural_key
 
 
@@ -20,24 +22,30 @@ class EveryGap(Refresh):
 
     stagger: bool = True
 
-    def next_refresh(self, step: int, first: bool, phase: float, group: Group) -> int:
+    def __post_init__(self) -> None:
+        check_flag("stagger", self.stagger)
+
+    def next_refresh(self, step: int, first: bool, place: Callable[[], float], group: Group) -> int:
         gap = group["update_proj_gap"]
-        return step + (1 + int(phase * gap) if first and self.stagger else gap)
+        return step + (1 + int(place() * gap) if first and self.stagger else gap)
 
 
-def place_in_period(name: str, roster: Roster) -> float:
-    """Share, in [0, 1), of the elements of all projected parameters that come before ``name`` in natural order.
+@functools.lru_cache(maxsize=4)
+def places_in_period(roster: Roster) -> dict[str, float]:
+    """For each parameter the share, in [0, 1), of all projected elements that come before it in natural order.
 
     Refreshes placed like this spread their cost evenly over the period, whatever order the parameters are given in.
 
     Args:
-        name: one of the roster's names.
         roster: ((name, elements), ...).
 
     Example:
-        >>> place_in_period("b", (("b", 30), ("a", 10)))
-        0.25
+        >>> places_in_period((("b", 30), ("a", 10)))
+        {'a': 0.0, 'b': 0.25}
     """
-    key = natural_key(name)
-    before = sum(elements for other, elements in roster if natural_key(other) < key)
-    return before / sum(elements for _, elements in roster)
+    total = sum(elements for _, elements in roster)
+    places, before = {}, 0
+    for name, elements in sorted(roster, key=lambda entry: natural_key(entry[0])):
+        places[name] = before / total
+        before += elements
+    return places

@@ -39,16 +39,14 @@ def nonfinite_gradients(work: list[tuple[str, Tensor]]) -> list[str]:
 
 
 def nonfinite_projections(R: Tensor, count: int) -> list[int]:
-    """Positions of the projected gradients that hold NaN or Inf, as all do whose gradients hold any.
+    """Positions of the projected gradients whose norm is not finite.
 
-    Every entry of G enters R = PᵀG, so this small sum shows what a look at the whole gradient would, and overflows of
-    the projection besides.
+    Every entry of G enters R = PᵀG, so the norm of R shows NaN and Inf in G without a look at all of it. It also shows
+    what is too large to be squared, as a second moment has to.
 
     Args:
         R: one projected gradient, or ``count`` of them stacked.
         count: number of gradients.
     """
-    if math.isfinite(float(R.sum())):
-        return []
-    finite = R.isfinite().reshape(count, -1).all(-1)
-    return [position for position, good in enumerate(finite.tolist()) if not good]
+    norms = torch.linalg.vector_norm(R.reshape(count, -1), dim=-1)
+    return [position for position, norm in enumerate(norms.tolist()) if not math.isfinite(norm)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,43 +32,56 @@ class Adam(Inner):
     def specs(self, shape: tuple[int, ...], dtype: torch.dtype, group: Group) -> dict[str, StateSpec]:
         return {"exp_avg": StateSpec(shape, dtype, moment=1), "exp_avg_sq": StateSpec(shape, dtype, moment=2)}
 
+    fuses: ClassVar[bool] = True
+
     def direction(self, R: Tensor, state: State, age: int, group: Group) -> Tensor:
         # Applied to zero with learning rate −1, the fused kernel leaves the direction itself: one pass over R, M and V.
         U = torch.zeros_like(R)
-        self._fused(U, R, state, age, group, lr=-1.0)
+        self._fused([U], [R], [state], age, group, lr=-1.0)
         return U
 
     def correction(self, age: int, group: Group) -> float:
         beta1, beta2 = group["betas"]
         return math.sqrt(1.0 - beta2**age) / (1.0 - beta1**age)
 
-    def step_dense(
-        self, W: Tensor, G: Tensor, state: State, age: int, group: Group, *, beta: float, alpha: float
-    ) -> bool:
-        # The kernel walks memory: all its tensors must have one dtype and one layout.
-        if not W.dtype == G.dtype == state["exp_avg"].dtype:
-            return False
-        if not W.is_contiguous() or not G.is_contiguous():
-            return False
+    def step_fused(
+        self,
+        Ws: list[Tensor],
+        Gs: list[Tensor],
+        states: list[State],
+        age: int,
+        group: Group,
+        *,
+        beta: float,
+        alpha: float,
+    ) -> None:
         # The decoupled decay of the kernel is the factor (1 − lr·weight_decay): one pass over W for both.
-        self._fused(W, G, state, age, group, lr=-alpha, weight_decay=(1.0 - beta) / -alpha if beta != 1.0 else 0.0)
-        return True
+        decay = (1.0 - beta) / -alpha if beta != 1.0 else 0.0
+        self._fused(Ws, Gs, states, age, group, lr=-alpha, weight_decay=decay)
 
     def _fused(
-        self, W: Tensor, G: Tensor, state: State, age: int, group: Group, *, lr: float, weight_decay: float = 0.0
+        self,
+        Ws: list[Tensor],
+        Gs: list[Tensor],
+        states: list[State],
+        age: int,
+        group: Group,
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
     ) -> None:
         beta1, beta2 = group["betas"]
         eps = group["eps"]
         if self.eps_placement == "before":
             eps /= math.sqrt(1.0 - beta2**age)
-        step = torch.full((), float(age), dtype=torch.float32, device=W.device)
+        step = torch.full((), float(age), dtype=torch.float32, device=Ws[0].device)
         torch._fused_adamw_(
-            [W],
-            [G],
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
+            Ws,
+            Gs,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
             [],
-            [step],
+            [step] * len(Ws),
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,

@@ -8,7 +8,7 @@ from typing import Literal
 
 from subspan.optim.lift.limiter import limit_growth, limiter_specs
 from subspan.optim.lift.norms import column_norms_squared, norm_ratio
-from subspan.optim.method import Geometry, Lift, Step, Update
+from subspan.optim.method import Geometry, Lift, Step, Update, check_flag
 from subspan.state import StateSpec
 
 
@@ -31,6 +31,7 @@ class GradientScaling(Lift):
     def __post_init__(self) -> None:
         if self.scale_type not in ("channel", "tensor"):
             raise ValueError(f"scale_type={self.scale_type!r}: choose 'channel' or 'tensor'")
+        check_flag("scale_front", self.scale_front)
 
     def specs(self, geometry: Geometry) -> dict[str, StateSpec]:
         return limiter_specs(geometry)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from subspan.optim.lift.limiter import limit_growth, limiter_specs
 from subspan.optim.lift.norms import column_norms_squared, norm_ratio
-from subspan.optim.method import Geometry, Lift, Step, Update
+from subspan.optim.method import Geometry, Lift, Step, Update, check_flag
 from subspan.optim.tiling import tiles
 from subspan.state import StateSpec
 
@@ -31,6 +31,9 @@ class ScaledResidual(Lift):
 
     official_code: bool = False
     needs_gradient = True
+
+    def __post_init__(self) -> None:
+        check_flag("official_code", self.official_code)
 
     def specs(self, geometry: Geometry) -> dict[str, StateSpec]:
         return limiter_specs(geometry)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from subspan.linalg import MatrixOperator, gaussian_sketch
-from subspan.optim.method import Found, Geometry, Group, State, Subspace
+from subspan.optim.method import Found, Geometry, Group, State, Subspace, check_flag
 from subspan.optim.projection import Linear
 
 
@@ -24,6 +24,9 @@ class Gaussian(Subspace):
 
     stored: bool = True
     orthonormal: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_flag("store_basis", self.stored)
 
     def find(
         self, operator: MatrixOperator, geometry: Geometry, *, generator: torch.Generator, step: int, group: Group
