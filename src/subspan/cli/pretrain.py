@@ -41,4 +41,5 @@ def run(arguments: Any) -> int:
 
     from subspan.train.pretrain import pretrain
 
-    return exit_status(pretrain(config).signal)
+    summary = pretrain(config)
+    return 0 if summary.finished else exit_status(summary.signal)

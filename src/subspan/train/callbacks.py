@@ -98,7 +98,10 @@ class MetricsCallback(TrainerCallback):
 
 
 class ProgressCallback(TrainerCallback):
-    """A bar with loss, learning rate, tokens/s and peak memory; plain lines where there is no terminal."""
+    """A bar with loss, learning rate, tokens/s and peak memory; plain lines where there is no terminal.
+
+    Use it as a context manager around the training, so that the terminal is left in order however it ends.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -112,6 +115,12 @@ class ProgressCallback(TrainerCallback):
             disable=not console.is_terminal,
         )
         self.task = self.bar.add_task("train", total=None, figures="")
+
+    def __enter__(self) -> ProgressCallback:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -148,12 +157,6 @@ class ProgressCallback(TrainerCallback):
             self.bar.update(self.task, figures=figures)
             if not self.console.is_terminal:
                 self.console.print(f"{step}  {figures}", highlight=False)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Stop the bar."""
-        self.bar.stop()
 
 
 class StopCallback(TrainerCallback):

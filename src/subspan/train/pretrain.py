@@ -75,7 +75,6 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> RunSu
     # Nothing is written before all that can be refused has been looked at.
     folder.write(config, data)
     metrics = MetricsFile(folder.metrics, folder.step)
-    trainer.add_callback(ProgressCallback(console))
     trainer.add_callback(MetricsCallback(metrics))
     show_start(console, config, model, trainer.low_rank_optimizer, data, folder.path, folder.step)
     if changed_versions:
@@ -84,22 +83,23 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> RunSu
             "the numbers may differ in the last digits.[/]"
         )
 
-    progress, losses = folder.progress(), folder.losses()
+    progress, losses, signal = folder.progress(), folder.losses(), None
     if folder.step < config.steps:
-        with StopCallback() as stop:
+        with StopCallback() as stop, ProgressCallback(console) as bar:
             trainer.add_callback(stop)
+            trainer.add_callback(bar)
             trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint else None)
-        progress, losses = trainer.snapshot(), trainer.state.log_history
+        progress, losses, signal = trainer.snapshot(), trainer.state.log_history, stop.signal
         if trainer.state.global_step < config.steps:
             _say_how_to_continue(trainer, folder, console)
-            return _summary(trainer, folder, trainer.state.global_step, progress, None, stop.signal)
+            return _summary(trainer, folder, trainer.state.global_step, progress, None, signal)
     else:
         # Killed between the last checkpoint and the last line of the metrics.
         trainer._load_from_checkpoint(str(folder.checkpoint))
 
     assert progress is not None
     eval_loss = next(entry["eval_loss"] for entry in reversed(losses) if "eval_loss" in entry)
-    summary = _summary(trainer, folder, config.steps, progress, eval_loss, None)
+    summary = _summary(trainer, folder, config.steps, progress, eval_loss, signal)
     sample = None
     if math.isfinite(eval_loss):
         sample = generate_sample(model, data.tokenizer, data.validation, config.seed)

@@ -40,7 +40,7 @@ class RunSummary:
         planned_state_bytes: optimizer state that was planned.
         peak_memory_bytes: of the GPU, or of the process.
         skipped_steps: steps of single parameters that were left out for gradients that are not finite.
-        signal: number of the signal that stopped the run, or None.
+        signal: number of the signal that came during the run, or None; one that came in the last step stopped nothing.
     """
 
     output: str

@@ -72,10 +72,11 @@ def sweep(config: PretrainConfig, grid: dict[str, Any], *, console: Console | No
             summary = pretrain(single, console=console)
         else:
             console.print("finished already")
-        if not summary.finished:
+        if summary.finished:
+            runs.append((settings, summary))
+        if summary.signal is not None:
             console.print("The same command continues the sweep.")
             return SweepResult(_sorted(runs), summary.signal)
-        runs.append((settings, summary))
         lines = [json_line(settings | dataclasses.asdict(summary)) for settings, summary in runs]
         write_text(output / RESULTS_FILE, "".join(lines))
     result = SweepResult(_sorted(runs))
