@@ -130,6 +130,8 @@ class FixedPrecision:
 class AdaptiveResult:
     """What an adaptive range finder returns; a batch has one rank, the largest that one of its matrices needs.
 
+    It keeps a reference to A, not a copy, for ``projected``: read that before A is changed.
+
     Attributes:
         rank: number of columns of the basis, 0 if nothing is within the tolerance already.
         error: the error in the unit of A, shape (...), float64. What it is says ``error_kind``.
