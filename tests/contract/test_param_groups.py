@@ -258,3 +258,38 @@ def test_the_table_shows_what_is_projected(case: Case) -> None:
     for name, p in model.named_parameters():
         if name in projected:
             assert re.search(rf"{p.shape[0]}\s*[×x,]\s*{p.shape[1]}", table), name
+
+
+class _WithHead(nn.Module):
+    def __init__(self, vocabulary: int, width: int, outputs: int, *, first: bool = False) -> None:
+        super().__init__()
+        if first:
+            self.head = nn.Linear(width, outputs)
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.attention = nn.MultiheadAttention(width, 2)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        if not first:
+            self.head = nn.Linear(width, outputs)
+        self.value = nn.Linear(width, 1)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "width", "outputs", "first"),
+    [(100, 32, 100, True), (100, 32, 104, False), (256, 256, 256, False), (10, 32, 10, False)],
+    ids=["registered first", "padded", "as wide as the model", "smaller than the model"],
+)
+def test_the_head_of_a_plain_model_stays_dense(vocabulary: int, width: int, outputs: int, first: bool) -> None:
+    groups = param_groups(_WithHead(vocabulary, width, outputs, first=first), rank=4)
+    targets = {name for name, _ in groups[0]["params"]}
+    assert targets == {"attention.in_proj_weight", "attention.out_proj.weight", "up.weight", "down.weight"}
+
+
+def test_classifiers_of_hugging_face_models_stay_dense() -> None:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+    )
+    targets = {name for name, _ in param_groups(LlamaForSequenceClassification(config), rank=4)[0]["params"]}
+    assert len(targets) == 7
+    assert "score.weight" not in targets

@@ -192,7 +192,10 @@ def test_loaded_state_does_not_share_memory_with_the_dictionary() -> None:
     optimizer = GaLore([{"params": list(named.items()), "rank": 4}], lr=1e-2)
     train(optimizer, named, 2)
     other = GaLore([{"params": list(clone(named).items()), "rank": 4}], lr=1e-2)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
     other.load_state_dict(optimizer.state_dict())
+    other.param_groups[0]["lr"].fill_(0.25)  # as learning-rate schedulers do
+    assert float(optimizer.param_groups[0]["lr"]) == 0.5
     before = copy.deepcopy(states(optimizer))
     for state in states(other).values():
         for tensor in state.values():
