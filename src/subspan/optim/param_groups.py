@@ -33,9 +33,9 @@ def param_groups(
 
     ``"all-linear"`` targets the weights of linear layers (also Hugging Face's ``Conv1D``) and stacks of experts (3-D
     parameters), without embeddings and without output heads: what is tied to an embedding, what a Hugging Face model
-    names as its head or holds outside of its base model, and in a plain model the linear layers that have at least as
-    many outputs as the largest embedding has entries. Biases, norms and all that is not a target stay dense. A tied
-    weight appears once.
+    names as its head or holds outside of its base model, and in a plain model the last linear layer from the width of
+    the largest embedding to its (padded) number of entries. Biases, norms and all that is not a target stay dense. A
+    tied weight appears once.
 
     Args:
         model: the model; only parameters that require a gradient are grouped.
@@ -163,8 +163,8 @@ def _heads_and_embeddings(model: nn.Module) -> set[torch.Tensor]:
     """Weights of embeddings, of what is tied to them, and of output heads.
 
     A Hugging Face model says what its head is: its output embeddings, and all that stands outside of its base model
-    (classifiers, regression heads). Of a plain model, every linear layer with at least as many outputs as the largest
-    embedding has entries counts as a head.
+    (classifiers, regression heads). Of a plain model, the last linear layer from the width of the largest embedding to
+    its number of entries, or to that number padded, counts as the head.
     """
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -179,9 +179,12 @@ def _heads_and_embeddings(model: nn.Module) -> set[torch.Tensor]:
         if base is not model:
             weights |= set(model.parameters()) - set(base.parameters())
     elif embeddings:
-        largest = max(module.num_embeddings for module in embeddings)
-        linear = (module for module in model.modules() if isinstance(module, nn.Linear))
-        weights |= {module.weight for module in linear if module.out_features >= largest}
+        table = max(embeddings, key=lambda module: module.num_embeddings)
+        linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.in_features == table.embedding_dim]
+        exact = [m for m in linear if m.out_features == table.num_embeddings]
+        # Vocabularies are padded to multiples of at most 256. Of several candidates the last one is the head.
+        padded = [m for m in linear if 0 <= m.out_features - table.num_embeddings < 256 and m.out_features % 8 == 0]
+        weights |= {module.weight for module in (exact or padded)[-1:]}
     return weights
 
 
@@ -191,5 +194,5 @@ def _is_linear(module: nn.Module, parameter: nn.Parameter) -> bool:
         return False
     if isinstance(module, (nn.Linear, nn.MultiheadAttention)) or type(module).__name__ == "Conv1D":
         # Of torch's attention these are the input projections; its biases for keys and values have three dimensions.
-        return parameter.ndim == 2
+        return parameter.ndim == 2 and min(parameter.shape) > 1
     return parameter.ndim == 3 and min(parameter.shape) > 1

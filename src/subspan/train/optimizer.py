@@ -11,7 +11,7 @@ from torch import nn
 from subspan.optim import LowRankOptimizer, create_optimizer, method_info
 from subspan.train.config import PretrainConfig
 
-__all__ = ["build_optimizer", "check_optimizer", "projected_names", "resolve"]
+__all__ = ["build_optimizer", "check_optimizer", "check_settings", "projected_names", "resolve"]
 
 #: What `build_optimizer` takes from settings of the run.
 _OWN_SETTINGS = frozenset(
@@ -46,6 +46,15 @@ def resolve(config: PretrainConfig, hidden_size: int) -> PretrainConfig:
         optimizer.setdefault("update_proj_gap", min(own, max(1, config.steps // 10)))
     lr = defaults["lr"].default if config.lr is None else config.lr
     return dataclasses.replace(config, rank=rank, lr=lr, optimizer=optimizer)
+
+
+def check_settings(config: PretrainConfig) -> None:
+    """Refuse settings that the method does not have, before any data is read or a model is built.
+
+    Raises:
+        ValueError: an unknown method or setting, or an impossible value.
+    """
+    build_optimizer(nn.Linear(8, 8), dataclasses.replace(resolve(config, 8), target_modules="all-linear", exclude=[]))
 
 
 def build_optimizer(model: nn.Module, config: PretrainConfig) -> LowRankOptimizer:

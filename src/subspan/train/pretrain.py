@@ -17,7 +17,7 @@ from subspan.memory import plan
 from subspan.train.callbacks import MetricsCallback, MetricsFile, ProgressCallback, StopCallback
 from subspan.train.config import PretrainConfig, write_text
 from subspan.train.data import PackedDataset, StreamedDataset, TextData, load_data
-from subspan.train.optimizer import resolve
+from subspan.train.optimizer import check_settings, resolve
 from subspan.train.presets import build_model, model_tokenizer
 from subspan.train.run_folder import RunFolder, open_run_folder
 from subspan.train.summary import RunSummary, finished_summary, generate_sample, measured_bytes, show_end, show_start
@@ -60,6 +60,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> RunSu
         raise ValueError(f"report_to is {config.report_to!r}, which is not installed: pip install {config.report_to}.")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("subspan pretrain trains in one process; start it without torchrun.")
+    check_settings(config)
     folder = open_run_folder(config)
     data, model = _load(config, console)
     config = resolve(config, _hidden_size(model))
@@ -177,7 +178,8 @@ def _trainer(config: PretrainConfig, folder: RunFolder, data: TextData, model: P
         ignore_data_skip=streamed,
         seed=config.seed,
         data_seed=config.seed,
-        dataloader_drop_last=True,
+        # In memory all steps are whole already, and the evaluation must not lose its last, smaller batch.
+        dataloader_drop_last=streamed,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         report_to=config.report_to,

@@ -122,10 +122,16 @@ class PretrainTrainer(Trainer):
         run = Path(str(self.args.output_dir))
         shutil.rmtree(run / STAGING, ignore_errors=True)
         self._staging = True
+        # Off only while training; who loads the checkpoint generates with a cache.
+        config = getattr(self.network, "config", None)
+        if config is not None:
+            config.use_cache = True
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._staging = False
+            if config is not None:
+                config.use_cache = False
         name = f"checkpoint-{self.state.global_step}"
         write_text(run / STAGING / name / PROGRESS_FILE, json.dumps(self.snapshot()))
         if (run / name).exists():
@@ -184,6 +190,8 @@ class _Bookkeeping(TrainerCallback):
         now = time.perf_counter()
         self.trainer.seconds += now - self.trainer._mark
         self.trainer._mark = now
+        if state.global_step >= state.max_steps:
+            control.should_log = True
 
 
 def perplexity(loss: float) -> float:
