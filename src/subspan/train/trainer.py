@@ -160,7 +160,7 @@ class PretrainTrainer(Trainer):
 
 
 class _Bookkeeping(TrainerCallback):
-    """Restores what the Trainer forgets between sessions, and measures seconds and gradients."""
+    """Restores what the Trainer forgets when a run is continued, and measures seconds and gradients."""
 
     def __init__(self, trainer: PretrainTrainer) -> None:
         self.trainer = trainer
@@ -175,7 +175,7 @@ class _Bookkeeping(TrainerCallback):
             trainer._globalstep_last_logged = progress["last_logged_step"]
             trainer.seconds = progress["seconds"]
             trainer.low_rank_optimizer.skipped_steps = progress["skipped_steps"]
-            # The state of the checkpoint holds the intervals of the session that wrote it.
+            # The state of the checkpoint holds the intervals of the run that wrote it.
             state.compute_steps(args, state.max_steps)
         trainer._mark = time.perf_counter()
 
