@@ -181,7 +181,8 @@ def _product(A: Tensor, X: Tensor) -> Tensor:
     # A tile should be one piece of memory: rows of a row-major matrix, columns of a transposed view.
     if A.stride(-2) >= A.stride(-1):
         return torch.cat([A[..., rows, :].to(dtype) @ X for rows in tiles(A, -2)], dim=-2)
-    out = torch.zeros((), dtype=dtype, device=A.device)
+    batch = torch.broadcast_shapes(A.shape[:-2], X.shape[:-2])
+    out = A.new_zeros(*batch, A.shape[-2], X.shape[-1], dtype=dtype)
     for columns in tiles(A, -1):
-        out = out + A[..., columns].to(dtype) @ X[..., columns, :]
+        out += A[..., columns].to(dtype) @ X[..., columns, :]
     return out

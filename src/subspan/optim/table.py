@@ -20,22 +20,26 @@ class ParameterRow:
     state_bytes: int
 
 
-def format_table(rows: list[ParameterRow], method: str) -> str:
-    """Rows as text, parameters that differ only in a number within their name (layers) on one line."""
+def alike(rows: list[ParameterRow]) -> list[tuple[str, list[ParameterRow]]]:
+    """Rows that differ in nothing but a number within their name (layers) together, with ``*`` for that number."""
     merged: dict[tuple[object, ...], list[ParameterRow]] = {}
     for row in rows:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "*", row.name)
-        merged.setdefault((pattern, row.shape, row.rank, row.side, row.lr, row.weight_decay, row.trainable), []).append(
-            row
-        )
+        key = (pattern, row.shape, row.rank, row.side, row.lr, row.weight_decay, row.trainable)
+        merged.setdefault(key, []).append(row)
+    return [(str(key[0]), same) for key, same in merged.items()]
+
+
+def format_table(rows: list[ParameterRow], method: str) -> str:
+    """Rows as text, parameters that differ only in a number within their name (layers) on one line."""
     header = ("parameter", "count", "shape", "rank", "side", "lr", "decay", "state")
     lines = [header]
-    for key, same in merged.items():
+    for pattern, same in alike(rows):
         row = same[0]
         rank = "dense" if row.rank is None else str(row.rank)
         lines.append(
             (
-                str(key[0]),
+                pattern,
                 str(len(same)),
                 "×".join(map(str, row.shape)) or "scalar",
                 rank if row.trainable else "frozen",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subspan.memory import MemoryPlan, plan
 from subspan.optim import LowRankOptimizer
-from subspan.optim.table import ParameterRow
+from subspan.optim.table import alike
 from subspan.train.config import PretrainConfig
 from subspan.train.data import PackedDataset, TextData
 
@@ -126,25 +125,30 @@ def show_start(
 
 def _table(optimizer: LowRankOptimizer) -> Table:
     """Which tensors are projected, layers that differ only in their number on one line."""
-    alike: dict[tuple[Any, ...], list[ParameterRow]] = {}
-    for row in optimizer.rows():
-        name = re.sub(r"(?<=\.)\d+(?=\.)", "*", row.name).removesuffix(".weight")
-        alike.setdefault((name, row.shape, row.rank, row.side, row.lr), []).append(row)
-    projected = sum(len(rows) for key, rows in alike.items() if key[2] is not None)
+    rows = optimizer.rows()
     table = Table(
-        *("parameter", "count", "shape", "rank, side", "lr", "state bytes"),
+        *("parameter", "count", "shape", "rank, side", "lr", "decay", "state bytes"),
         box=None,
         pad_edge=False,
         header_style="bold",
     )
     for column in table.columns[1:]:
         column.justify = "right"
-    for (name, shape, rank, side, lr), rows in alike.items():
-        kept = f"{rank} {side}" if rank is not None else "dense"
-        state = f"{sum(row.state_bytes for row in rows):,}"
-        style = None if rank is not None else "dim"
-        table.add_row(name, str(len(rows)), "×".join(map(str, shape)), kept, f"{lr:.3g}", state, style=style)
-    table.caption = f"{projected} of {sum(map(len, alike.values()))} tensors projected"
+    for pattern, same in alike(rows):
+        row = same[0]
+        kept = f"{row.rank} {row.side}" if row.rank is not None else "dense"
+        table.add_row(
+            pattern.removesuffix(".weight"),
+            str(len(same)),
+            "×".join(map(str, row.shape)),
+            kept if row.trainable else "frozen",
+            f"{row.lr:.3g}",
+            f"{row.weight_decay:.3g}",
+            f"{sum(other.state_bytes for other in same):,}",
+            style=None if row.rank is not None else "dim",
+        )
+    projected = sum(row.rank is not None for row in rows)
+    table.caption = f"{projected} of {len(rows)} tensors projected"
     table.caption_justify = "left"
     return table
 
