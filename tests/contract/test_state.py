@@ -23,7 +23,7 @@ from contract.cases import (
     states,
     train,
 )
-from subspan.optim import GaLore
+from subspan.optim import GaLore, create_optimizer
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -356,3 +356,61 @@ def test_accelerate_prepare_keeps_an_initialised_state(case: Case, dtype: torch.
         bare_optimizer.step()
         wrapped.step()
     assert identical(dict(bare.named_parameters()), dict(model.named_parameters()))
+
+
+@pytest.mark.parametrize(
+    ("method", "saved", "loaded", "part"),
+    [
+        ("galore", {"svd": "exact"}, {}, "subspace"),
+        ("galore", {"stagger": False}, {}, "refresh"),
+        ("galore", {"decay": "after"}, {}, "decay"),
+        ("galore", {"eps_placement": "before"}, {}, "inner"),
+        ("apollo", {"scale_type": "tensor"}, {}, "lift"),
+    ],
+)
+def test_a_state_of_other_parts_is_refused(
+    method: str, saved: dict[str, object], loaded: dict[str, object], part: str
+) -> None:
+    named = {"a": torch.nn.Parameter(torch.ones(16, 24))}
+    groups = [{"params": list(named.items()), "rank": 4}]
+    state = create_optimizer(method, groups, **saved).state_dict()
+    with pytest.raises(ValueError, match=part):
+        create_optimizer(method, groups, **loaded).load_state_dict(state)
+
+
+def test_skipped_steps_are_saved() -> None:
+    parameter = torch.nn.Parameter(torch.ones(16, 24))
+    groups = [{"params": [("a", parameter)], "rank": 4}]
+    optimizer = create_optimizer("galore", groups)
+    parameter.grad = torch.full_like(parameter, float("nan"))
+    with pytest.warns(RuntimeWarning, match="a: "):
+        optimizer.step()
+    again = create_optimizer("galore", groups)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.skipped_steps == optimizer.skipped_steps == 1
+
+
+def test_groups_that_are_used_again_are_not_scaled_again() -> None:
+    parameter = torch.nn.Parameter(torch.ones(16, 24))
+    first = create_optimizer("galore", [{"params": [("a", parameter)], "rank": 4, "lr_scale": 0.5}], lr=0.01)
+    group = {**first.param_groups[0], "params": [("a", parameter)]}
+    group.pop("param_names")
+    assert create_optimizer("galore", [group]).param_groups[0]["lr"] == first.param_groups[0]["lr"] == 0.005
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("galore", {"stagger": "no"}, "stagger"),
+        ("galore", {"inner": "sgd"}, "inner"),
+        ("galore", {"betas": 0.9}, "betas"),
+        ("galore", {"weight_decay": None}, "weight_decay"),
+        ("golore", {"golore_after": 1.5}, "golore_after"),
+        ("apollo", {"scale_front": 1}, "scale_front"),
+        ("fira", {"official_code": "yes"}, "official_code"),
+    ],
+)
+def test_values_of_the_wrong_type_are_refused(method: str, settings: dict[str, object], message: str) -> None:
+    groups = [{"params": [("a", torch.nn.Parameter(torch.ones(16, 24)))], "rank": 4}]
+    with pytest.raises(ValueError, match=message):
+        create_optimizer(method, groups, **settings)

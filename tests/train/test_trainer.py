@@ -333,3 +333,32 @@ def test_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="one process"):
         run(tmp_path)
+
+
+def test_every_held_out_sequence_is_evaluated(tmp_path: Path, trainers: list[PretrainTrainer]) -> None:
+    """Also when they fill no batch, or leave one that is not full."""
+    run(tmp_path, steps=2, batch_size=64, output=str(tmp_path / "large"))
+    held_out = trainers[0].eval_dataset
+    assert len(held_out) % 64
+    assert len(trainers[0].get_eval_dataloader().dataset) == len(held_out)
+    seen = sum(len(batch["input_ids"]) for batch in trainers[0].get_eval_dataloader())
+    assert seen == len(held_out)
+    assert math.isfinite(metrics(tmp_path / "large")[-1]["eval_loss"])
+
+
+def test_the_loss_of_the_last_step_is_logged(tmp_path: Path) -> None:
+    run(tmp_path, steps=7, log_every=5)
+    steps = [line["step"] for line in metrics(tmp_path / "run") if "loss" in line]
+    assert steps == [1, 5, 7]
+
+
+def test_a_checkpoint_generates_with_a_cache(tmp_path: Path) -> None:
+    run(tmp_path, steps=3)
+    checkpoint = next((tmp_path / "run").glob("checkpoint-*"))
+    assert json.loads((checkpoint / "config.json").read_text())["use_cache"] is True
+
+
+def test_the_method_is_checked_before_any_data_is_read(tmp_path: Path) -> None:
+    for changes, message in (({"method": "galor"}, "galore"), ({"optimizer": {"scal": 1.0}}, "scale")):
+        with pytest.raises(ValueError, match=message):
+            pretrain(PretrainConfig(data=str(tmp_path / "missing.txt"), **changes))
