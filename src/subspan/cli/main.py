@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
 import importlib.metadata
 import logging
 import re
 import sys
-from typing import TYPE_CHECKING, Any, NoReturn
+from types import ModuleType
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 __all__ = ["main"]
+
+#: Modules of this folder, one a command: add_command(commands, parser_class) and run(arguments) -> exit status.
+_COMMANDS = ("pretrain", "sweep", "methods")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         parser = _parser()
         arguments = parser.parse_args([_with_underscores(argument) for argument in argv])
         _quiet_libraries()
-        return _run(arguments.subcommand, arguments[arguments.subcommand])
+        return _command(arguments.subcommand).run(arguments[arguments.subcommand])
     except KeyboardInterrupt:
         print("\nStopped at once; a run continues from its last checkpoint.", file=sys.stderr)
         return 130
@@ -46,7 +51,6 @@ def main(argv: list[str] | None = None) -> int:
 def _parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser
 
-    from subspan.cli import methods, pretrain, sweep
     from subspan.train.config import PretrainConfig
 
     settings = ["config", "grid", "print_config", *(field.name for field in dataclasses.fields(PretrainConfig))]
@@ -74,15 +78,13 @@ def _parser() -> ArgumentParser:
         epilog="Example: subspan pretrain --method galore --data texts/ --steps 1000 --output runs/first",
     )
     commands = parser.add_subcommands(required=True, title="commands")
-    for module in (pretrain, sweep, methods):
-        module.add_command(commands, Parser)
+    for name in _COMMANDS:
+        _command(name).add_command(commands, Parser)
     return parser
 
 
-def _run(command: str, arguments: Any) -> int:
-    from subspan.cli import methods, pretrain, sweep
-
-    return {"pretrain": pretrain.run, "sweep": sweep.run, "methods": methods.run}[command](arguments)
+def _command(name: str) -> ModuleType:
+    return importlib.import_module(f"subspan.cli.{name}")
 
 
 def _with_underscores(argument: str) -> str:
