@@ -41,7 +41,7 @@ def exact_basis(A: Tensor | MatrixOperator, rank: int) -> RangeFinderResult:
     amax = finite_amax(operator)
     dense = operator.to_dense()
     dense = dense.to(torch.promote_types(dense.dtype, torch.float32))
-    scale = inverse_scale(amax, dense.dtype)
+    scale = inverse_scale(amax, dense.dtype, operator.device)
     U, S, Vh = torch.linalg.svd(dense * scale, full_matrices=False)
     U, S, Vh = U[..., :rank], S[..., :rank], Vh[..., :rank, :]
     missing = rank - U.shape[-1]
@@ -86,7 +86,7 @@ def gram_basis(A: Tensor | MatrixOperator, rank: int) -> RangeFinderResult:
     amax = finite_amax(operator)
     dense = operator.to_dense()
     dense = dense.to(torch.promote_types(dense.dtype, torch.float32))
-    scale = inverse_scale(amax, dense.dtype)
+    scale = inverse_scale(amax, dense.dtype, operator.device)
     dense = dense * scale
     gram = dense @ dense.mT if m <= n else dense.mT @ dense
     X = torch.linalg.eigh(gram).eigenvectors.flip(-1)[..., :rank]

@@ -75,7 +75,7 @@ def orthonormalize(Y: Tensor, *, method: OrthonormalMethod = "householder", fall
         raise ValueError(f"method={method!r} is unknown: choose 'householder', {', '.join(map(repr, _METHODS))}")
     Y = Y.to(torch.promote_types(Y.dtype, torch.float32))
     if method == "householder" or r == 0:
-        return torch.linalg.qr(Y, mode="reduced").Q
+        return _householder(Y)
     Q = _METHODS[method](Y)
     if not fallback:
         return Q
@@ -83,7 +83,7 @@ def orthonormalize(Y: Tensor, *, method: OrthonormalMethod = "householder", fall
     gram.diagonal(dim1=-2, dim2=-1).sub_(1)
     passed = torch.linalg.matrix_norm(gram) <= 5 * torch.finfo(Q.dtype).eps * math.sqrt(r)  # False for NaN
     if not bool(passed.all()):
-        Q = torch.where(passed[..., None, None], Q, torch.linalg.qr(Y, mode="reduced").Q)
+        Q = torch.where(passed[..., None, None], Q, _householder(Y))
     return Q
 
 
@@ -149,14 +149,14 @@ def canonical_signs(Q: Tensor) -> Tensor:
         Q: (..., m, r).
 
     Returns:
-        ±1 of shape (..., 1, r), in the dtype of Q; +1 for a zero column.
+        ±1 of shape (..., 1, r), in the dtype of Q; +1 for a zero column and for a tie of both signs.
 
     Example:
         >>> canonical_signs(torch.tensor([[0.6, -0.8], [-0.8, 0.6]]))
         tensor([[-1., -1.]])
     """
-    largest = Q.abs().argmax(dim=-2, keepdim=True)
-    return _signs(Q.gather(-2, largest))
+    # The sign of the largest entry plus the smallest one: two reductions, and no |Q| in memory.
+    return _signs(Q.amax(dim=-2, keepdim=True) + Q.amin(dim=-2, keepdim=True))
 
 
 @torch.no_grad()
@@ -176,6 +176,11 @@ def orthogonality_error(Q: Tensor) -> Tensor:
     Q = Q.to(torch.promote_types(Q.dtype, torch.float32))
     gram = Q.mT @ Q
     return torch.linalg.matrix_norm(gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device), ord=2)
+
+
+def _householder(Y: Tensor) -> Tensor:
+    """The Q of torch.linalg.qr, without forming R beside it."""
+    return torch.linalg.householder_product(*torch.geqrf(Y))
 
 
 def _signs(x: Tensor) -> Tensor:

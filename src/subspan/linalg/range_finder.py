@@ -109,19 +109,19 @@ def range_finder(
             f"n_oversamples={n_oversamples} needs rotate=True: without the rotation nothing tells which {rank} columns"
             " to keep"
         )
-    amax = finite_amax(operator)
-    Q = _sketched_basis(operator, amax, width, generator=generator, n_iter=n_iter, sketch=sketch, start=start)
+    # The same scale for the sketch, which is taken in the dtype of A, and for what follows in a wider one.
+    scale = inverse_scale(finite_amax(operator), operator.dtype, operator.device)
+    Q = _sketched_basis(operator, scale, width, generator=generator, n_iter=n_iter, sketch=sketch, start=start)
     if not rotate:
-        return RangeFinderResult(Q * canonical_signs(Q), None, None)
-    scale = inverse_scale(amax, Q.dtype)
+        return RangeFinderResult(Q.mul_(canonical_signs(Q)), None, None)
     B = operator.rmatmul(Q * scale).mT
     eigenvalues, X = torch.linalg.eigh(B @ B.mT)
     eigenvalues, X = eigenvalues.flip(-1)[..., :rank], X.flip(-1)[..., :rank]
     Q = Q @ X
     signs = canonical_signs(Q)
     return RangeFinderResult(
-        basis=Q * signs,
-        projected=(X * signs / scale).mT @ B,
+        basis=Q.mul_(signs),
+        projected=(X * (signs / scale)).mT @ B,
         singular_values=eigenvalues.clamp_min(0).sqrt() / scale.squeeze(-1),
     )
 
@@ -166,13 +166,12 @@ def randomized_svd(
     m, n = operator.shape[-2:]
     if rank > n:
         raise ValueError(f"rank={rank} is more than the {n} singular values of a {m}×{n} matrix: at most {min(m, n)}")
-    amax = finite_amax(operator)
-    Q = _sketched_basis(operator, amax, width, generator=generator, n_iter=n_iter)
-    scale = inverse_scale(amax, Q.dtype)
+    scale = inverse_scale(finite_amax(operator), operator.dtype, operator.device)
+    Q = _sketched_basis(operator, scale, width, generator=generator, n_iter=n_iter)
     W, S, Vh = torch.linalg.svd(operator.rmatmul(Q * scale).mT, full_matrices=False)
     U = Q @ W[..., :rank]
     signs = canonical_signs(U)
-    return SVDResult(U * signs, S[..., :rank] / scale.squeeze(-1), Vh[..., :rank, :] * signs.mT)
+    return SVDResult(U.mul_(signs), S[..., :rank] / scale.squeeze(-1), Vh[..., :rank, :] * signs.mT)
 
 
 @torch.no_grad()
@@ -221,7 +220,7 @@ def randomized_range_finder(
 
 def _sketched_basis(
     operator: MatrixOperator,
-    amax: Tensor,
+    scale: Tensor,
     width: int,
     *,
     generator: torch.Generator | None,
@@ -230,7 +229,6 @@ def _sketched_basis(
     start: Tensor | None = None,
 ) -> Tensor:
     """Q = qr(AΩ) after ``n_iter`` power iterations, neither rotated nor sign-fixed."""
-    scale = inverse_scale(amax, operator.dtype)
     if start is None:
         Y = _sketched(operator, width, sketch, scale=scale, generator=generator)
     else:
@@ -241,13 +239,12 @@ def _sketched_basis(
             )
         wide = torch.promote_types(operator.dtype, torch.float32)
         # Unit columns, since the condition number of Y is squared already. QR does not mind the length of fresh ones.
-        Z = torch.nn.functional.normalize(operator.rmatmul(start.to(wide) * inverse_scale(amax, wide)), dim=-2)
+        Z = torch.nn.functional.normalize(operator.rmatmul(start.to(wide) * scale), dim=-2)
         Y = operator.matmul((Z * scale).to(operator.dtype))
         if start.shape[-1] < width:
             fresh = _sketched(operator, width - start.shape[-1], sketch, scale=scale, generator=generator)
             Y = torch.cat([Y, fresh], dim=-1)
     Q = orthonormalize(Y)
-    scale = inverse_scale(amax, Q.dtype)
     for _ in range(n_iter):
         Z = operator.rmatmul(Q * scale)
         # Without this QR the directions below the square root of the rounding unit would be lost. With width > n the

@@ -92,7 +92,8 @@ def gaussian_sketch(
     omega = torch.empty(count, n, l, dtype=drawn_as)
     for matrix in omega:
         matrix.normal_(generator=generator)
-    return (omega.reshape(*batch_shape, n, l).to(device) * scale).to(dtype)
+    # In place: the matrix is new, and another one of its size would be another piece of memory to fill.
+    return omega.reshape(*batch_shape, n, l).to(device).mul_(scale).to(dtype)
 
 
 @torch.no_grad()

@@ -217,7 +217,7 @@ def nuclear_norm_bound(A: Tensor, n_iter: int = 10) -> Tensor:
     """
     operator = as_operator(A)
     dtype = torch.promote_types(operator.dtype, torch.float32)
-    scale = inverse_scale(finite_amax(operator).to(dtype), dtype)
+    scale = inverse_scale(finite_amax(operator), dtype, operator.device)
     unit = operator.to_dense().to(dtype) * scale
     wide = unit if unit.shape[-2] >= unit.shape[-1] else unit.mT
     norm = torch.linalg.matrix_norm(wide, keepdim=True)
@@ -232,7 +232,7 @@ def _unit_singular_values(A: Tensor | MatrixOperator) -> Tensor:
     """Singular values of A times a power of two, in float64."""
     operator = as_operator(A)
     dtype = torch.promote_types(operator.dtype, torch.float32)
-    scale = inverse_scale(finite_amax(operator).to(dtype), dtype)
+    scale = inverse_scale(finite_amax(operator), dtype, operator.device)
     return torch.linalg.svdvals(operator.to_dense().to(dtype) * scale).double()
 
 

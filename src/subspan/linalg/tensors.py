@@ -99,7 +99,7 @@ def two_sided_range_finder(
     right = range_finder(left.projected.mT, r2, generator=generator, n_iter=1)
     core = left.projected @ right.basis
     dtype = torch.promote_types(operator.dtype, torch.float32)
-    scale = inverse_scale(finite_amax(operator).to(dtype), dtype)
+    scale = inverse_scale(finite_amax(operator), dtype, operator.device)
     squared = operator.squared_norm(scale) - squared_frobenius(core * scale)
     return TwoSidedResult(left.basis, right.basis, core, squared.clamp_min(0).sqrt() / scale[..., 0, 0])
 

@@ -73,7 +73,7 @@ class FixedPrecision:
         self.block_size = min(most, block_size or default_block_size(self.m, self.operator.device))
         self.generator = generator
         self.dtype = torch.promote_types(self.operator.dtype, torch.float32)
-        self.scale = inverse_scale(finite_amax(self.operator).to(self.dtype), self.dtype)
+        self.scale = inverse_scale(finite_amax(self.operator), self.dtype, self.operator.device)
         self.total = self.operator.squared_norm(self.scale)
         unit = self.scale[..., 0, 0].double()
         self.target = torch.maximum((atol or 0.0) * unit, (rtol or 0.0) * self.total.sqrt()).square()

@@ -223,7 +223,7 @@ def _tracked(A: Tensor | MatrixOperator, Q: Tensor) -> tuple[MatrixOperator, Ten
     if Q.shape[:-1] != operator.shape[:-1] or Q.shape[-1] > operator.shape[-2]:
         raise ValueError(f"a basis of shape {tuple(Q.shape)} does not fit a matrix of shape {tuple(operator.shape)}")
     dtype = torch.promote_types(torch.promote_types(operator.dtype, Q.dtype), torch.float32)
-    return operator, inverse_scale(finite_amax(operator).to(dtype), dtype), Q.to(dtype)
+    return operator, inverse_scale(finite_amax(operator), dtype, operator.device), Q.to(dtype)
 
 
 def _descent(operator: MatrixOperator, scale: Tensor, Q: Tensor) -> Tensor:
