@@ -18,10 +18,16 @@ GROUP_KEYS: dict[str, dict[str, Any]] = {
     "frugal": {"density": 0.4, "update_proj_gap": 4},
 }
 DEFAULT_GROUP_KEYS: dict[str, Any] = {"rank": 4, "update_proj_gap": 4}
+# A cap above the multiple of 8 to which ranks are rounded.
+TOLERANCE_GROUP_KEYS: dict[str, Any] = {"rank": 20, "update_proj_gap": 4}
 
 # Structural settings beyond a method's defaults.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "galore": [{"svd": "exact", "stagger": False}, {"eps_placement": "before", "decay": "after"}],
+    "galore": [
+        {"svd": "exact", "stagger": False},
+        {"eps_placement": "before", "decay": "after"},
+        {"rank_policy": "tolerance", "rtol": 0.2},
+    ],
     "golore": [{"stagger": False}],
     "fira": [{"official_code": True}],
     "apollo": [{"store_basis": False}, {"scale_front": True}],
@@ -35,6 +41,8 @@ class Case:
     def __init__(self, method: str, settings: dict[str, Any]) -> None:
         self.method, self.settings = method, settings
         self.keys = GROUP_KEYS.get(method, DEFAULT_GROUP_KEYS)
+        if settings.get("rank_policy") == "tolerance":
+            self.keys = TOLERANCE_GROUP_KEYS
 
     def __str__(self) -> str:
         return "-".join([self.method, *(f"{key}={value}" for key, value in self.settings.items())])

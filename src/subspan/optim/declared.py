@@ -115,7 +115,11 @@ class DeclaredOptimizer(torch.optim.Optimizer):
         raise KeyError("this parameter is not in the optimizer")
 
     def planned_state_bytes(self) -> dict[str, int]:
-        """Bytes of optimizer state by key for all trainable parameters, computed from the declarations alone."""
+        """Bytes of optimizer state by key for all trainable parameters, computed from the declarations alone.
+
+        Where the rank is found with the subspace, it is the most there can be before the first step, and what the
+        ranks in force need after it.
+        """
         total: Counter[str] = Counter()
         for group in self.param_groups:
             for name, parameter in self._named(group):
@@ -145,6 +149,7 @@ class DeclaredOptimizer(torch.optim.Optimizer):
                         name=name,
                         shape=tuple(parameter.shape),
                         rank=None if geometry is None else geometry.rank,
+                        at_most=geometry is not None and self._finds_rank() and not (state and state["refreshes"]),
                         side="-" if geometry is None else ("right" if self._right(parameter, group) else "left"),
                         lr=float(group["lr"]),
                         weight_decay=group["weight_decay"],
@@ -153,6 +158,13 @@ class DeclaredOptimizer(torch.optim.Optimizer):
                     )
                 )
         return rows
+
+    def ranks(self) -> dict[str, int]:
+        """Ranks in force by name, of all projected parameters; before the first step the most they may be."""
+        return {row.name: row.rank for row in self.rows() if row.rank is not None}
+
+    def _finds_rank(self) -> bool:
+        return self.method.subspace is not None and self.method.subspace.finds_rank
 
     def table(self) -> str:
         """Which tensors are projected, at which rank, on which side, with learning rates and state bytes, as text."""

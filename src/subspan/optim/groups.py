@@ -76,6 +76,8 @@ def check_group(group: Group, method: Method) -> None:
     if "golore_after" in group:
         after = group["golore_after"]
         demand(after == 0 or _is_count(after), "golore_after", "a step: an integer >= 0")
+    if "rtol" in group:
+        demand(_is_number(group["rtol"]) and 0.0 < group["rtol"] < 1.0, "rtol", "a number between 0 and 1")
     betas = group.get("betas", (0.0, 0.0))
     pair = isinstance(betas, (tuple, list)) and len(betas) == 2
     demand(pair and all(_is_number(beta) and 0.0 <= beta < 1.0 for beta in betas), "betas", "two numbers in [0, 1)")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from subspan.optim.groups import STRUCTURAL
@@ -102,7 +103,9 @@ def _load_parameter(
     state = {}
     for key, spec in specs.items():
         value = spec.check(saved[key], f"{name}: state {key!r}")
-        state[key] = value.detach().to("cpu" if spec.host else parameter.device, copy=True)
+        state[key] = value.detach().to(
+            "cpu" if spec.host else parameter.device, copy=True, memory_format=torch.contiguous_format
+        )
     return state
 
 

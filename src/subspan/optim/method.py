@@ -67,10 +67,17 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Found:
-    """A new subspace: its state tensors, and this step's projected gradient where the search gave it for free."""
+    """A new subspace.
+
+    Args:
+        tensors: its state tensors.
+        projected: this step's projected gradient, where the search gave it for free.
+        rank: number of directions, where the search decided on it; else it is the one that was asked for.
+    """
 
     tensors: State
     projected: Tensor | None = None
+    rank: int | None = None
 
 
 class Subspace(ABC):
@@ -81,7 +88,9 @@ class Subspace(ABC):
     #: False when R leaves out entries of the gradient, so that NaN and Inf in them do not show in R.
     sees_all: ClassVar[bool] = True
     #: False when the rank changes from refresh to refresh; the one in force is then part of the state.
-    fixed_rank: ClassVar[bool] = True
+    fixed_rank: bool = True
+    #: True when `find` decides on the rank, and `rank` is the most that it may take.
+    finds_rank: bool = False
     #: False when the tensors are not kept but found again, from the same generator, at every step.
     stored: bool = True
 
@@ -130,7 +139,11 @@ class Transport(ABC):
 
     @abstractmethod
     def carry(self, state: State, specs: Mapping[str, StateSpec], new: State, step: int) -> None:
-        """Change the moments in ``state`` in place; ``new`` holds the new subspace tensors, ``state`` still the old."""
+        """Change the moments in ``state``; ``new`` holds the new subspace tensors, ``state`` still the old ones.
+
+        ``specs`` declares what the state becomes. With a changed rank a rule may leave moments as many rows as they
+        have: `resized` follows.
+        """
 
     def age(self, state: State, step: int) -> int:
         """Number of gradients that the moments have seen, this one included."""

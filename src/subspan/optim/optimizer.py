@@ -7,6 +7,7 @@ import inspect
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -20,10 +21,12 @@ from subspan.optim.declared import DeclaredOptimizer
 from subspan.optim.dense import state_dtype, step_dense
 from subspan.optim.groups import is_projected, unknown_setting
 from subspan.optim.matrix import oriented, write_back
-from subspan.optim.method import Method, Roster, State, Step
+from subspan.optim.method import Found, Method, Roster, State, Step
 from subspan.optim.param_groups import GROUPING, param_groups
 from subspan.optim.projection import drop_round_off
 from subspan.optim.screen import nonfinite_gradients, nonfinite_projections
+from subspan.optim.transport import resized
+from subspan.state import StateSpec
 
 Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]] | nn.Module
 
@@ -224,21 +227,17 @@ class LowRankOptimizer(DeclaredOptimizer):
         refreshes = int(state["refreshes"])
         geometry = self._geometry(name, parameter, group, state, refresh=True)
         assert geometry is not None
-        specs = method.specs(geometry, parameter.shape, state_dtype(parameter), group)
-        # A rank that changes with the refresh changes the state: what no longer fits starts from zero.
-        for key in [key for key in state if key not in specs]:
-            del state[key]
-        for key, spec in specs.items():
-            if key not in state or tuple(state[key].shape) != spec.shape:
-                state[key] = spec.allocate(parameter.device)
-        projected = None
-        new: State = {}
+        found = Found({})
         if geometry.projected:
             generator = seeded_generator(self.seed, name, refreshes)
             found = method.subspace.find(DenseOperator(G), geometry, generator=generator, step=step, group=group)
-            new, projected = (found.tensors if method.subspace.stored else {}), found.projected
+            if found.rank is not None:
+                geometry = replace(geometry, rank=found.rank)
+        new = found.tensors if method.subspace.stored else {}
+        specs = method.specs(geometry, parameter.shape, state_dtype(parameter), group)
         if refreshes > 0:
             method.transport.carry(state, specs, new, step)
+        self._fit(state, specs, found.projected, parameter.device)
         for key, tensor in new.items():
             state[key].copy_(tensor)
         if "rank" in state:
@@ -246,7 +245,19 @@ class LowRankOptimizer(DeclaredOptimizer):
         state["refreshes"] += 1
         due = method.refresh.next_refresh(step, refreshes == 0, lambda: self._places()[name], group)
         state["next_refresh"].fill_(due)
-        return projected
+        return found.projected
+
+    @staticmethod
+    def _fit(state: State, specs: dict[str, StateSpec], projected: Tensor | None, device: torch.device) -> None:
+        """Give the state the shapes that a changed rank declares."""
+        for key in [key for key in state if key not in specs]:
+            del state[key]
+        for key, spec in specs.items():
+            if key not in state:
+                state[key] = spec.allocate(device)
+            elif tuple(state[key].shape) != spec.shape:
+                resize = spec.moment is not None
+                state[key] = resized(state[key], spec, projected) if resize else spec.allocate(device)
 
     def _step_bucket(self, bucket: list[Task]) -> None:
         """One step of equal matrices: project, inner rule, lift, apply."""

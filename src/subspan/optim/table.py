@@ -8,7 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ParameterRow:
-    """One parameter as the optimizer treats it; ``rank`` is None when it is dense."""
+    """One parameter as the optimizer treats it.
+
+    Args:
+        rank: the rank in force; None when the parameter is dense.
+        at_most: whether ``rank`` is the most there can be, because the first gradient will decide.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -18,6 +23,12 @@ class ParameterRow:
     weight_decay: float
     trainable: bool
     state_bytes: int
+    at_most: bool = False
+
+    @property
+    def rank_text(self) -> str:
+        """The rank, for people."""
+        return "dense" if self.rank is None else f"{'≤ ' if self.at_most else ''}{self.rank}"
 
 
 def alike(rows: list[ParameterRow]) -> list[tuple[str, list[ParameterRow]]]:
@@ -36,13 +47,12 @@ def format_table(rows: list[ParameterRow], method: str) -> str:
     lines = [header]
     for pattern, same in alike(rows):
         row = same[0]
-        rank = "dense" if row.rank is None else str(row.rank)
         lines.append(
             (
                 pattern,
                 str(len(same)),
                 "×".join(map(str, row.shape)) or "scalar",
-                rank if row.trainable else "frozen",
+                row.rank_text if row.trainable else "frozen",
                 row.side,
                 f"{row.lr:.3g}",
                 f"{row.weight_decay:.3g}",

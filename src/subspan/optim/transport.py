@@ -6,9 +6,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from subspan.optim.method import State, Transport
 from subspan.state import StateSpec
+
+
+def resized(moment: Tensor, spec: StateSpec, R: Tensor | None) -> Tensor:
+    """A moment for another rank: rows of leading directions stay, surplus ones go, new ones are filled.
+
+    A new row of a second moment gets c·mean(R_i²), where c is the ratio of the second moments to the squares of R in
+    the rows that stay, and a new row of a first moment is zero. Were both zero, bias correction, which counts the
+    steps of all rows alike, would make the first steps in new directions several times too large.
+
+    Args:
+        moment: (..., r_old, n).
+        spec: of the moment with r_new rows.
+        R: projected gradient (..., r_new, n) of the step that changes the rank, or None: new rows are zero.
+
+    Returns:
+        A new tensor (..., r_new, n).
+    """
+    result = spec.allocate(moment.device)
+    kept = min(moment.shape[-2], result.shape[-2])
+    result[..., :kept, :] = moment[..., :kept, :]
+    if spec.moment == 2 and R is not None and kept < result.shape[-2]:
+        squares = R.square().mean(dim=-1, keepdim=True)
+        known = squares[..., :kept, :].sum(dim=-2, keepdim=True)
+        ratio = result[..., :kept, :].mean(dim=-1, keepdim=True).sum(dim=-2, keepdim=True) / known
+        result[..., kept:, :] = squares[..., kept:, :] * torch.where(known > 0, ratio, 0.0)
+    return result
 
 
 @dataclass(frozen=True)
@@ -31,7 +58,7 @@ class RotateFirst(Transport):
         overlap = new["basis"].mT @ state["basis"]
         for key, spec in specs.items():
             if spec.moment == 1:
-                state[key].copy_(overlap @ state[key])
+                state[key] = overlap @ state[key]
 
 
 @dataclass(frozen=True)
@@ -43,7 +70,7 @@ class Reset(Transport):
 
     def carry(self, state: State, specs: Mapping[str, StateSpec], new: State, step: int) -> None:
         for key, spec in specs.items():
-            if spec.moment is not None:
+            if spec.moment is not None and key in state:
                 state[key].zero_()
         state["reset_step"].fill_(step)
 

@@ -29,6 +29,7 @@ _METRICS = (
     "learning_rate",
     "tokens",
     "skipped_steps",
+    "mean_rank",
     "tokens_per_second",
     "peak_memory_bytes",
 )

@@ -24,7 +24,8 @@ def resolve(config: PretrainConfig, hidden_size: int) -> PretrainConfig:
 
     Args:
         config: settings of the run.
-        hidden_size: width of the model; a quarter of it is the default rank.
+        hidden_size: width of the model; a quarter of it is the default rank, half of it the most that a rank found
+            from a tolerance may take by default.
 
     Raises:
         ValueError: an unknown method, or a rank for a method that projects nothing.
@@ -39,7 +40,8 @@ def resolve(config: PretrainConfig, hidden_size: int) -> PretrainConfig:
         raise ValueError(f"rank is {config.rank}, but the method {config.method!r} projects nothing; leave rank out.")
     rank = config.rank
     if rank is None and info.size == "rank":
-        rank = int(info.default_size or max(1, hidden_size // 4))
+        share = 2 if config.optimizer.get("rank_policy") == "tolerance" else 4
+        rank = int(info.default_size or max(1, hidden_size // share))
     optimizer = dict(config.optimizer)
     if "update_proj_gap" in defaults:
         own = defaults["update_proj_gap"].default

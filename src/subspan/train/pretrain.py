@@ -19,11 +19,12 @@ from subspan.train.config import PretrainConfig, write_text
 from subspan.train.data import PackedDataset, StreamedDataset, TextData, load_data
 from subspan.train.optimizer import check_settings, resolve
 from subspan.train.presets import build_model, model_tokenizer
+from subspan.train.ranks import RanksCallback, mean_rank, plot_ranks
 from subspan.train.run_folder import RunFolder, open_run_folder
 from subspan.train.summary import RunSummary, finished_summary, generate_sample, measured_bytes, show_end, show_start
 from subspan.train.trainer import PretrainTrainer, peak_memory_bytes, perplexity
 
-__all__ = ["PretrainConfig", "RunSummary", "pretrain"]
+__all__ = ["PretrainConfig", "RunSummary", "build_trainer", "load_run", "pretrain"]
 
 _SCHEDULES: dict[str, tuple[str, dict[str, float]]] = {
     "cosine": ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
@@ -37,7 +38,8 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> RunSu
 
     A run stopped at any moment and continued gives bit by bit the losses of one that was never stopped. The run folder
     holds ``config.yaml``, ``versions.json``, ``data.json``, ``metrics.jsonl`` (one JSON object a line, the last one
-    with the results), ``sample.txt`` and ``checkpoint-STEP/`` folders, which `build_model` and transformers load.
+    with the results), ``sample.txt``, ``ranks.png`` where ranks change, and ``checkpoint-STEP/`` folders, which
+    `build_model` and transformers load.
 
     Args:
         config: settings of the run.
@@ -62,7 +64,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> RunSu
         raise ValueError("subspan pretrain trains in one process; start it without torchrun.")
     check_settings(config)
     folder = open_run_folder(config)
-    data, model = _load(config, console)
+    data, model = load_run(config, console)
     config = resolve(config, _hidden_size(model))
     changed_versions = folder.check(config, data)
     finished = finished_summary(folder.path, MetricsFile.read(folder.metrics))
@@ -70,13 +72,14 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> RunSu
         console.print(f"The run in {folder.path} is finished: perplexity {finished.perplexity_text}.")
         return finished
 
-    trainer = _trainer(config, folder, data, model)
+    trainer = build_trainer(config, folder, data, model)
     trainer.create_optimizer()
     planned = plan(model, trainer.low_rank_optimizer)
     # Nothing is written before all that can be refused has been looked at.
     folder.write(config, data)
     metrics = MetricsFile(folder.metrics, folder.step)
     trainer.add_callback(MetricsCallback(metrics))
+    trainer.add_callback(RanksCallback(metrics, trainer.low_rank_optimizer))
     show_start(console, config, model, trainer.low_rank_optimizer, data, folder.path, folder.step)
     if changed_versions:
         console.print(
@@ -100,7 +103,10 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> RunSu
 
     assert progress is not None
     eval_loss = next(entry["eval_loss"] for entry in reversed(losses) if "eval_loss" in entry)
+    lines = metrics.read(metrics.path)
     summary = _summary(trainer, folder, config.steps, progress, eval_loss, signal)
+    summary = dataclasses.replace(summary, mean_rank=mean_rank(lines, config.steps))
+    picture = plot_ranks(lines, config.steps, folder.path)
     sample = None
     if math.isfinite(eval_loss):
         sample = generate_sample(model, data.tokenizer, data.validation, config.seed)
@@ -108,11 +114,12 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> RunSu
     last_line = dataclasses.asdict(summary)
     metrics.write({key: value for key, value in last_line.items() if key not in ("output", "finished", "signal")})
     measured = measured_bytes(model, progress["gradient_bytes"], progress["state_bytes"])
-    show_end(console, summary, planned, measured, sample)
+    show_end(console, summary, planned, measured, sample, picture)
     return summary
 
 
-def _load(config: PretrainConfig, console: Console) -> tuple[TextData, PreTrainedModel]:
+def load_run(config: PretrainConfig, console: Console) -> tuple[TextData, PreTrainedModel]:
+    """Load the data of a run and build the model that it starts from."""
     with console.status("Loading the data ..."):
         data = load_data(
             config.data,
@@ -145,7 +152,8 @@ def _hidden_size(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().hidden_size)
 
 
-def _trainer(config: PretrainConfig, folder: RunFolder, data: TextData, model: PreTrainedModel) -> PretrainTrainer:
+def build_trainer(config: PretrainConfig, folder: RunFolder, data: TextData, model: PreTrainedModel) -> PretrainTrainer:
+    """Return the Trainer of a run; `config` is resolved, and a streamed source is moved to the folder's checkpoint."""
     progress = folder.progress()
     streamed = isinstance(data.train, StreamedDataset)
     if isinstance(data.train, StreamedDataset) and progress is not None:

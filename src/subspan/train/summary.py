@@ -40,6 +40,7 @@ class RunSummary:
         peak_memory_bytes: of the GPU, or of the process.
         skipped_steps: steps of single parameters that were left out for gradients that are not finite.
         signal: number of the signal that came during the run, or None; one that came in the last step stopped nothing.
+        mean_rank: over all projected matrices and all steps, where ranks change; else None.
     """
 
     output: str
@@ -54,6 +55,7 @@ class RunSummary:
     peak_memory_bytes: int
     skipped_steps: int
     signal: int | None = None
+    mean_rank: float | None = None
 
     @property
     def loss_text(self) -> str:
@@ -136,7 +138,7 @@ def _table(optimizer: LowRankOptimizer) -> Table:
         column.justify = "right"
     for pattern, same in alike(rows):
         row = same[0]
-        kept = f"{row.rank} {row.side}" if row.rank is not None else "dense"
+        kept = row.rank_text if row.rank is None else f"{row.rank_text} {row.side}"
         table.add_row(
             pattern.removesuffix(".weight"),
             str(len(same)),
@@ -159,8 +161,9 @@ def show_end(
     planned: MemoryPlan,
     measured: MemoryPlan,
     sample: tuple[str, str] | None,
+    ranks: Path | None,
 ) -> None:
-    """Print planned against measured bytes, the results, a generated sample (prompt, continuation) and the folder."""
+    """Print planned against measured bytes, the results, a sample (prompt, continuation), the ranks and the folder."""
     memory = Table("memory", "planned", "measured", box=None, pad_edge=False, header_style="bold")
     for column in memory.columns[1:]:
         column.justify = "right"
@@ -175,6 +178,11 @@ def show_end(
     facts.add_row("speed", f"{summary.tokens_per_second:,.0f} tokens/s over {summary.tokens:,} tokens")
     if summary.skipped_steps:
         facts.add_row("skipped", f"{summary.skipped_steps} steps of single tensors, for gradients that are not finite")
+    if summary.mean_rank is not None:
+        memory.caption = "planned is the most, measured\nwhat the last ranks need"
+        memory.caption_justify = "left"
+        where = f"over time in {ranks}" if ranks else "a picture needs matplotlib: pip install 'subspan[report]'"
+        facts.add_row("mean rank", f"{summary.mean_rank:.1f}, {where}")
     facts.add_row("run folder", summary.output)
     console.print()
     console.print(memory)

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shutil
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from subspan.optim import LowRankOptimizer
 from subspan.train.config import PretrainConfig, write_text
 from subspan.train.data import StreamedDataset
 from subspan.train.optimizer import build_optimizer, check_optimizer
+from subspan.train.ranks import varying_ranks
 
 __all__ = ["CHECKPOINT", "PROGRESS_FILE", "STAGING", "PretrainTrainer", "peak_memory_bytes"]
 
@@ -103,6 +105,8 @@ class PretrainTrainer(Trainer):
             logs["tokens_per_second"] = tokens / self.seconds if self.seconds else 0.0
             logs["peak_memory_bytes"] = peak_memory_bytes()
             logs["skipped_steps"] = self.low_rank_optimizer.skipped_steps
+            if ranks := varying_ranks(self.low_rank_optimizer):
+                logs["mean_rank"] = statistics.fmean(ranks.values())
         if "eval_loss" in logs:
             logs["eval_perplexity"] = perplexity(logs["eval_loss"])
         super().log(logs, *args, **kwargs)

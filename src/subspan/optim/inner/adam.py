@@ -36,6 +36,8 @@ class Adam(Inner):
 
     def direction(self, R: Tensor, state: State, age: int, group: Group) -> Tensor:
         # Applied to zero with learning rate −1, the fused kernel leaves the direction itself: one pass over R, M and V.
+        # The kernel reads memory in order, whatever the strides are.
+        R = R.contiguous()
         U = torch.zeros_like(R)
         self._fused([U], [R], [state], age, group, lr=-1.0)
         return U

@@ -26,7 +26,7 @@ class Fira(LowRankOptimizer):
         lr: learning rate.
         betas, eps, weight_decay: of Adam.
         limiter: γ of the norm-growth limiter; None for none.
-        update_proj_gap, scale, proj_type, svd, stagger, eps_placement: as for `GaLore`.
+        update_proj_gap, scale, proj_type, svd, rank_policy, rtol, stagger, eps_placement: as for `GaLore`.
         official_code: subtract scale·QR instead of QR, as the official code does.
         seed, nonfinite: see `LowRankOptimizer`.
         **grouping: with a model: settings of `param_groups` such as ``rank`` and ``target_modules``.
@@ -52,6 +52,8 @@ class Fira(LowRankOptimizer):
         scale: float = 0.25,
         proj_type: str = "std",
         svd: Literal["randomized", "exact"] = "randomized",
+        rank_policy: Literal["fixed", "tolerance"] = "fixed",
+        rtol: float = 0.3,
         stagger: bool = True,
         eps_placement: Literal["after", "before"] = "after",
         official_code: bool = False,
@@ -61,7 +63,7 @@ class Fira(LowRankOptimizer):
     ) -> None:
         method = Method(
             "fira",
-            subspace=gradient_subspace(svd),
+            subspace=gradient_subspace(svd, rank_policy),
             refresh=EveryGap(stagger),
             transport=Keep(),
             inner=Adam(eps_placement),
@@ -73,6 +75,7 @@ class Fira(LowRankOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "rank": None,
+            "rtol": rtol,
             "update_proj_gap": update_proj_gap,
             "scale": scale,
             "proj_type": proj_type,

@@ -28,6 +28,10 @@ class GaLore(LowRankOptimizer):
         scale: factor on the projected step (α in the paper).
         proj_type: side that is projected: ``"std"`` (the short one), ``"reverse_std"``, ``"left"``, ``"right"``.
         svd: ``"randomized"``: a fresh Gaussian sketch, rotated to singular directions; ``"exact"``: the paper's SVD.
+        rank_policy: ``"fixed"``: always ``rank`` directions; ``"tolerance"``: at each refresh as many as leave at most
+            ``rtol``·‖G‖_F outside, rounded up to a multiple of 8, and at most ``rank``. The state is re-allocated when
+            the rank changes.
+        rtol: tolerance of the rank policy, between 0 and 1; 0.3 keeps 91 % of the energy ‖G‖²_F.
         stagger: spread refreshes over the period; the paper refreshes all matrices at once (False).
         inner: the optimizer inside; Adam by default.
         eps_placement: see `Adam`; galore-torch adds ε ``"before"`` bias correction.
@@ -57,6 +61,8 @@ class GaLore(LowRankOptimizer):
         scale: float = 0.25,
         proj_type: str = "std",
         svd: Literal["randomized", "exact"] = "randomized",
+        rank_policy: Literal["fixed", "tolerance"] = "fixed",
+        rtol: float = 0.3,
         stagger: bool = True,
         inner: Inner | None = None,
         eps_placement: Literal["after", "before"] = "after",
@@ -67,7 +73,7 @@ class GaLore(LowRankOptimizer):
     ) -> None:
         method = Method(
             "galore",
-            subspace=gradient_subspace(svd),
+            subspace=gradient_subspace(svd, rank_policy),
             refresh=EveryGap(stagger),
             transport=Keep(),
             inner=inner or Adam(eps_placement),
@@ -80,6 +86,7 @@ class GaLore(LowRankOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "rank": None,
+            "rtol": rtol,
             "update_proj_gap": update_proj_gap,
             "scale": scale,
             "proj_type": proj_type,

@@ -27,8 +27,12 @@ class GoLore(LowRankOptimizer):
         betas, eps, weight_decay: of Adam.
         golore_after: step from which refreshes draw random subspaces; 0: always.
         update_proj_gap, scale, proj_type, svd, stagger, inner: as for `GaLore`.
+        rank_policy, rtol: as for `GaLore`, while subspaces are those of the gradient; random ones take all of ``rank``.
         seed, nonfinite: see `LowRankOptimizer`.
         **grouping: with a model: settings of `param_groups` such as ``rank`` and ``target_modules``.
+
+    Raises:
+        ValueError: a rank policy without subspaces of the gradient.
 
     Example:
         >>> import torch
@@ -51,15 +55,22 @@ class GoLore(LowRankOptimizer):
         scale: float = 0.25,
         proj_type: str = "std",
         svd: Literal["randomized", "exact"] = "randomized",
+        rank_policy: Literal["fixed", "tolerance"] = "fixed",
+        rtol: float = 0.3,
         stagger: bool = True,
         inner: Inner | None = None,
         seed: int = 0,
         nonfinite: Literal["skip", "raise"] = "skip",
         **grouping: Any,
     ) -> None:
+        if rank_policy == "tolerance" and golore_after == 0:
+            raise ValueError(
+                "rank_policy='tolerance' needs golore_after > 0: from that step on GoLore draws random subspaces, "
+                "which have no tolerance to keep"
+            )
         method = Method(
             "golore",
-            subspace=Switch(gradient_subspace(svd), Stiefel(), key="golore_after"),
+            subspace=Switch(gradient_subspace(svd, rank_policy), Stiefel(), key="golore_after"),
             refresh=EveryGap(stagger),
             transport=RotateFirst(),
             inner=inner or Adam(),
@@ -71,6 +82,7 @@ class GoLore(LowRankOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "rank": None,
+            "rtol": rtol,
             "update_proj_gap": update_proj_gap,
             "scale": scale,
             "proj_type": proj_type,

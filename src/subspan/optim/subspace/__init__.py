@@ -4,7 +4,17 @@ from subspan.optim.subspace.blocks import Blocks
 from subspan.optim.subspace.gaussian import Gaussian
 from subspan.optim.subspace.rows import Rows
 from subspan.optim.subspace.stiefel import Stiefel
-from subspan.optim.subspace.svd import ExactSVD, RandomizedSVD, gradient_subspace
+from subspan.optim.subspace.svd import AdaptiveSVD, ExactSVD, RandomizedSVD, gradient_subspace
 from subspan.optim.subspace.switch import Switch
 
-__all__ = ["Blocks", "ExactSVD", "Gaussian", "RandomizedSVD", "Rows", "Stiefel", "Switch", "gradient_subspace"]
+__all__ = [
+    "AdaptiveSVD",
+    "Blocks",
+    "ExactSVD",
+    "Gaussian",
+    "RandomizedSVD",
+    "Rows",
+    "Stiefel",
+    "Switch",
+    "gradient_subspace",
+]

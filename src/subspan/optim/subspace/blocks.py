@@ -26,7 +26,7 @@ class Blocks(Subspace):
     """
 
     orthonormal: ClassVar[bool] = False
-    fixed_rank: ClassVar[bool] = False
+    fixed_rank = False
 
     def rank(self, m: int, group: Group, *, name: str, refreshes: int, roster: Callable[[], Roster]) -> int:
         if group["density"] is None:

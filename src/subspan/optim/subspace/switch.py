@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from subspan.linalg import MatrixOperator
-from subspan.optim.method import Found, Geometry, Group
+from subspan.optim.method import Found, Geometry, Group, Roster
 from subspan.optim.subspace.svd import OrthonormalBasis
 
 
@@ -23,6 +24,16 @@ class Switch(OrthonormalBasis):
     first: OrthonormalBasis
     second: OrthonormalBasis
     key: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fixed_rank", self.first.fixed_rank and self.second.fixed_rank)
+        object.__setattr__(self, "finds_rank", self.first.finds_rank or self.second.finds_rank)
+
+    def rank(self, m: int, group: Group, *, name: str, refreshes: int, roster: Callable[[], Roster]) -> int:
+        ranks = (
+            part.rank(m, group, name=name, refreshes=refreshes, roster=roster) for part in (self.first, self.second)
+        )
+        return min(ranks)
 
     def find(
         self, operator: MatrixOperator, geometry: Geometry, *, generator: torch.Generator, step: int, group: Group
