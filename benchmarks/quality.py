@@ -27,7 +27,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -123,8 +123,24 @@ def evaluate(model: torch.nn.Module, sequences: Tensor) -> float:
     return statistics.fmean(losses)
 
 
-def train(args: argparse.Namespace, contender: str, lr: float, ratio: float, seed: int) -> Run:
-    """Train one model and return its record."""
+def train(
+    args: argparse.Namespace,
+    contender: str,
+    lr: float,
+    ratio: float,
+    seed: int,
+    *,
+    build: Callable[[torch.nn.Module], torch.optim.Optimizer] | None = None,
+    each_step: Callable[[torch.optim.Optimizer], None] | None = None,
+) -> Run:
+    """Train one model and return its record.
+
+    Args:
+        args: settings of the run.
+        contender, lr, ratio, seed: of the run.
+        build: another optimizer than the contender's own.
+        each_step: called with the optimizer after each of its steps.
+    """
     from subspan.train.presets import build_model
 
     sequences, validation = load_tokens(args, seed)
@@ -132,7 +148,11 @@ def train(args: argparse.Namespace, contender: str, lr: float, ratio: float, see
     torch.manual_seed(seed)
     model = build_model(args.model, seq_len=args.seq_len, seed=seed)
     model.set_attn_implementation("eager")  # faster than sdpa on the CPU at these sizes
-    optimizer = make_optimizer(contender, model, lr=lr, ratio=ratio, rank=args.rank, gap=args.gap, steps=args.steps)
+    optimizer = (
+        build(model)
+        if build is not None
+        else make_optimizer(contender, model, lr=lr, ratio=ratio, rank=args.rank, gap=args.gap, steps=args.steps)
+    )
     warm_up = max(1, round(args.warm_up * args.steps))
 
     def schedule(step: int) -> float:
@@ -155,6 +175,8 @@ def train(args: argparse.Namespace, contender: str, lr: float, ratio: float, see
         step_start = time.process_time()
         optimizer.step()
         step_times.append(time.process_time() - step_start)
+        if each_step is not None:
+            each_step(optimizer)
         optimizer.zero_grad()
         scheduler.step()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
@@ -165,7 +187,7 @@ def train(args: argparse.Namespace, contender: str, lr: float, ratio: float, see
         "lr": lr,
         "ratio": ratio,
         "seed": seed,
-        **{key: getattr(args, key) for key in COMMON},
+        **{key: getattr(args, key) for key in COMMON if hasattr(args, key)},
         "tokens": len(losses) * args.batch_size * args.seq_len,
         "validation_tokens": validation.numel(),
         "tokens_sha256": fingerprint(sequences, validation),
@@ -327,18 +349,22 @@ def plot(args: argparse.Namespace) -> None:
     print(f"wrote {path.name}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(description: str | None, **rates: Any) -> argparse.ArgumentParser:
+    """The settings of a run; ``rates`` are defaults of `lr` and `ratio` where one run has one of each."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("run", "summary", "plot"))
-    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
-    parser.add_argument("--lr", nargs="+", type=float, default=[1e-2], help="rate of embeddings, head and norms")
-    parser.add_argument("--ratio", nargs="+", type=float, default=[0.1, 0.4, 1.0], help="f: matrices get f x lr")
+    many: dict[str, Any] = {} if rates else {"nargs": "+"}
+    parser.add_argument(
+        "--lr", type=float, default=rates.get("lr", [1e-2]), help="rate of embeddings, head and norms", **many
+    )
+    parser.add_argument(
+        "--ratio", type=float, default=rates.get("ratio", [0.1, 0.4, 1.0]), help="f: matrices get f x lr", **many
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--model", default="llama_bench")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--gap", type=int, default=50, help="update_proj_gap")
     parser.add_argument("--warm-up", type=float, default=0.1, help="fraction of the steps")
     parser.add_argument("--final-lr", type=float, default=0.1, help="fraction of the peak, reached by a cosine")
@@ -346,7 +372,14 @@ def main() -> None:
     parser.add_argument("--validation-sequences", type=int, default=256, help="a multiple of 8")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS / "quality.jsonl")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    settings = parser(__doc__)
+    settings.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
+    settings.add_argument("--rank", type=int, default=64)
+    args = settings.parse_args()
     {"run": run, "summary": summary, "plot": plot}[args.action](args)
 
 

@@ -45,7 +45,7 @@ def test_bucketed_equals_single(case: Case) -> None:
     train(optimizer, together, STEPS)
     for name, p in alone.items():
         train(case(case.groups({name: p}), **settings), {name: p}, STEPS)
-    assert difference(together, alone) < 1e-6
+    assert difference(together, alone) < 2e-6  # eight units in the last place of entries near 2
     assert difference(together, parameters(shapes)) > 1e-3
 
 
