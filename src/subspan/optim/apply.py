@@ -10,14 +10,16 @@ from subspan.optim.projection import Projection
 from subspan.optim.tiling import tiles
 
 
-def apply_update(W: Tensor, G: Tensor, projection: Projection, update: Update, *, beta: float, alpha: float) -> None:
+def apply_update(
+    W: Tensor, G: Tensor | None, projection: Projection, update: Update, *, beta: float, alpha: float
+) -> None:
     """W <- beta·W + alpha·(factor·P·low_rank + gain∘G + residual(G − P·projected)), in place.
 
     Weights in float32 or float64 take decay and back-projection in one ``addmm_`` and the gain in one ``addcmul_``.
     Other dtypes, and a non-linear residual, go through row tiles: computed in float32, rounded once.
 
     Args:
-        W, G: (..., m, n), oriented views.
+        W, G: (..., m, n), oriented views; G may be None where neither gain nor residual is asked for.
         projection: P.
         update: what a lift rule returned.
         beta: decay factor.
@@ -29,6 +31,7 @@ def apply_update(W: Tensor, G: Tensor, projection: Projection, update: Update, *
         elif beta != 1.0:
             W.mul_(beta)
         if update.gain is not None:
+            assert G is not None
             W.addcmul_(update.gain, G, value=alpha)
         return
     dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
@@ -40,6 +43,7 @@ def apply_update(W: Tensor, G: Tensor, projection: Projection, update: Update, *
         if update.low_rank is not None:
             w = w.add(projection.back(update.low_rank, tile, W), alpha=alpha * update.factor)
         if update.gain is not None or update.residual is not None:
+            assert G is not None
             g = tile.of(G).to(dtype)
             if update.gain is not None:
                 w = w.addcmul(tile.of(update.gain), g, value=alpha)

@@ -21,11 +21,14 @@ _STACK = 1 << 22
 
 @dataclass(frozen=True)
 class Work:
-    """One parameter that has a gradient: its geometry (None when it is dense), and whether a refresh is due."""
+    """One parameter that has a gradient: its geometry (None when it is dense), and whether a refresh is due.
+
+    The gradient is None where it was folded away.
+    """
 
     name: str
     parameter: Tensor
-    gradient: Tensor
+    gradient: Tensor | None
     group: dict[str, Any]
     geometry: Geometry | None
     due: bool
@@ -33,11 +36,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Task:
-    """One projected parameter in this step; ``projected`` is R where the refresh gave it."""
+    """One projected parameter in this step; ``projected`` is R where it is known already."""
 
     name: str
     parameter: Tensor
-    gradient: Tensor
+    gradient: Tensor | None
     group: dict[str, Any]
     geometry: Geometry
     right: bool
@@ -57,7 +60,7 @@ def buckets(tasks: Iterable[Task]) -> list[list[Task]]:
         if geometry.batch or elements > limit or geometry.rank in (0, geometry.m):
             result.append([task])
             continue
-        key = (id(task.group), geometry, task.right, task.age, task.parameter.dtype, device)
+        key = (id(task.group), geometry, task.right, task.age, task.parameter.dtype, device, task.projected is None)
         stack = stacks.setdefault(key, [])
         if not stack:
             result.append(stack)

@@ -93,6 +93,12 @@ class Subspace(ABC):
     finds_rank: bool = False
     #: False when the tensors are not kept but found again, from the same generator, at every step.
     stored: bool = True
+    #: What decides on the subspace: the gradient, no more of it than a sketch GΩ, or nothing of it.
+    sees: Literal["gradient", "sketch", "nothing"] = "gradient"
+
+    def at(self, step: int, group: Group) -> Subspace:
+        """The part that finds the subspace at this step: itself, but for those that choose among others."""
+        return self
 
     def rank(self, m: int, group: Group, *, name: str, refreshes: int, roster: Callable[[], Roster]) -> int:
         """Number of directions for a projected side of ``m``: the group's ``rank``, or its ``density`` times ``m``.
@@ -121,6 +127,9 @@ class Subspace(ABC):
 
 class Refresh(ABC):
     """When? Gives the step at which the subspace is chosen anew."""
+
+    #: True when a subspace found from the gradient of one step serves from the next one on.
+    late: bool = False
 
     @abstractmethod
     def next_refresh(self, step: int, first: bool, place: Callable[[], float], group: Group) -> int:
@@ -204,9 +213,12 @@ class Update:
 
 @dataclass(frozen=True)
 class Step:
-    """What a lift rule may look at: gradient G (..., m, n), projected R and direction U (..., r, n), and the state."""
+    """What a lift rule may look at: gradient G (..., m, n), projected R and direction U (..., r, n), and the state.
 
-    gradient: Tensor
+    G is None where it was folded away, and never for a rule that `Lift.needs_gradient`.
+    """
+
+    gradient: Tensor | None
     projected: Tensor
     direction: Tensor
     projection: Projection
@@ -270,6 +282,12 @@ class Method:
                         f"{self.name}: {type(part).__name__} needs an orthonormal basis, "
                         f"which {type(self.subspace).__name__} does not give"
                     )
+        late = self.refresh is not None and self.refresh.late
+        if late and self.subspace is not None and self.subspace.sees == "gradient":
+            raise ValueError(
+                f"{self.name}: a late refresh keeps a sketch of the gradient, and {self.subspace} needs all of it; "
+                "choose svd='randomized' and rank_policy='fixed', or refresh at once"
+            )
 
     def parts(self) -> dict[str, str]:
         """Each part as text: two methods with equal parts train alike."""
@@ -288,8 +306,11 @@ class Method:
         if geometry is None:
             return step | self.inner.specs(tuple(shape), dtype, group)
         assert self.subspace is not None and self.transport is not None and self.lift is not None
+        assert self.refresh is not None
         clock = StateSpec((), torch.int64, host=True)
         specs = step | {"next_refresh": clock, "refreshes": clock} | self.transport.specs()
+        if self.refresh.late:
+            specs["turned"] = clock
         if not self.subspace.fixed_rank:
             specs["rank"] = clock
         if geometry.projected and self.subspace.stored:

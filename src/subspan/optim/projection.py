@@ -19,6 +19,10 @@ class Projection(ABC):
     def project(self, G: Tensor) -> Tensor:
         """R = Pᵀ G in float32 (float64 for float64), contiguous, a tensor of its own or G itself."""
 
+    def without_round_off(self, R: Tensor, m: int, dtype: torch.dtype) -> Tensor:
+        """R with rows that are rounding of a gradient of ``m`` rows in ``dtype`` set to zero; R may be overwritten."""
+        return R
+
     @abstractmethod
     def back(self, R: Tensor, tile: Tile, like: Tensor) -> Tensor:
         """One tile of P R; ``like`` is the tile's matrix (..., m, n), for its shape."""
@@ -78,24 +82,19 @@ class Orthonormal(Linear):
     2·eps(G.dtype)/√m, whichever is larger.
     """
 
-    def project(self, G: Tensor) -> Tensor:
-        return drop_round_off(super().project(G), G)
-
-
-def drop_round_off(R: Tensor, G: Tensor) -> Tensor:
-    """Set the rows of R = QᵀG that are round-off to zero, in place (see `Orthonormal`)."""
-    root = math.sqrt(G.shape[-2])
-    floor = max(torch.finfo(R.dtype).eps * root, 2.0 * torch.finfo(G.dtype).eps / root)
-    norms = torch.linalg.vector_norm(R, dim=-1, keepdim=True)
-    if R.device.type == "cpu":
-        # ‖R‖_F is at most √r times the longest row: nearly always two numbers show that no row is to be dropped. A
-        # device would have to wait for them.
-        smallest, largest = (float(norm) for norm in norms.aminmax())
-        if not math.isfinite(largest):
-            return R  # left as it is for the executor to see
-        if smallest > floor * math.sqrt(R.shape[-2]) * largest:
-            return R
-    return R.mul_(norms > floor * torch.linalg.vector_norm(norms, dim=-2, keepdim=True))
+    def without_round_off(self, R: Tensor, m: int, dtype: torch.dtype) -> Tensor:
+        root = math.sqrt(m)
+        floor = max(torch.finfo(R.dtype).eps * root, 2.0 * torch.finfo(dtype).eps / root)
+        norms = torch.linalg.vector_norm(R, dim=-1, keepdim=True)
+        if R.device.type == "cpu":
+            # ‖R‖_F is at most √r times the longest row: nearly always two numbers show that no row is to be dropped. A
+            # device would have to wait for them.
+            smallest, largest = (float(norm) for norm in norms.aminmax())
+            if not math.isfinite(largest):
+                return R  # left as it is for the executor to see
+            if smallest > floor * math.sqrt(R.shape[-2]) * largest:
+                return R
+        return R.mul_(norms > floor * torch.linalg.vector_norm(norms, dim=-2, keepdim=True))
 
 
 class Selection(Projection):

@@ -18,16 +18,31 @@ class EveryGap(Refresh):
         stagger: spread the refreshes of the parameters over the period, weighted by their cost, so that no step pays
             for all of them. Every parameter gets its first basis at its first step; its second comes within the first
             period at its own place, later ones every ``update_proj_gap`` steps. False: all at once, as the papers do.
+        late: a subspace found from the gradient of one step serves from the next one on, so that no gradient has to be
+            kept until it is known; the first one is random.
     """
 
     stagger: bool = True
+    late: bool = False
 
     def __post_init__(self) -> None:
         check_flag("stagger", self.stagger)
+        check_flag("late", self.late)
 
     def next_refresh(self, step: int, first: bool, place: Callable[[], float], group: Group) -> int:
         gap = group["update_proj_gap"]
         return step + (1 + int(place() * gap) if first and self.stagger else gap)
+
+
+def every_gap(stagger: bool, refresh: str) -> EveryGap:
+    """The rule named by a recipe's settings ``stagger`` and ``refresh``.
+
+    Raises:
+        ValueError: ``refresh`` is neither ``"now"`` nor ``"late"``.
+    """
+    if refresh not in ("now", "late"):
+        raise ValueError(f"refresh={refresh!r}: choose 'now' or 'late'")
+    return EveryGap(stagger, late=refresh == "late")
 
 
 @functools.lru_cache(maxsize=4)

@@ -37,6 +37,7 @@ class GradientScaling(Lift):
         return limiter_specs(geometry)
 
     def lift(self, step: Step) -> Update:
+        assert step.gradient is not None
         dim = -2 if self.scale_type == "channel" else (-2, -1)
         gain = norm_ratio(step.direction, step.projected, dim) / step.correction
         multiplier = math.sqrt(step.group["scale"])

@@ -50,6 +50,7 @@ class ScaledResidual(Lift):
     @staticmethod
     def _residual_norm(step: Step, phi: Tensor, R_squared: Tensor, inside: float) -> Tensor:
         """‖φ∘(G − inside·QR)‖_F, which is Σ φ_j²(‖G_j‖² − (2·inside − inside²)‖R_j‖²) under the root."""
+        assert step.gradient is not None
         G_squared = column_norms_squared(step.gradient)
         weights = phi.square()
         whole = (weights * G_squared).sum((-2, -1))

@@ -10,7 +10,7 @@ from subspan.optim.inner import Adam
 from subspan.optim.lift import ProjectBack
 from subspan.optim.method import Inner, Method
 from subspan.optim.optimizer import LowRankOptimizer, Params
-from subspan.optim.refresh import EveryGap
+from subspan.optim.refresh import every_gap
 from subspan.optim.subspace import gradient_subspace
 from subspan.optim.transport import Keep
 
@@ -33,6 +33,8 @@ class GaLore(LowRankOptimizer):
             the rank changes.
         rtol: tolerance of the rank policy, between 0 and 1; 0.3 keeps 91 % of the energy ‖G‖²_F.
         stagger: spread refreshes over the period; the paper refreshes all matrices at once (False).
+        refresh: ``"now"``: a new basis projects the gradient that it was found from; ``"late"``: it serves from the
+            next step on, as it has to in `fuse_into_backward`.
         inner: the optimizer inside; Adam by default.
         eps_placement: see `Adam`; galore-torch adds ε ``"before"`` bias correction.
         decay: ``"before"`` the update, or ``"after"`` it as galore-torch does.
@@ -64,6 +66,7 @@ class GaLore(LowRankOptimizer):
         rank_policy: Literal["fixed", "tolerance"] = "fixed",
         rtol: float = 0.3,
         stagger: bool = True,
+        refresh: Literal["now", "late"] = "now",
         inner: Inner | None = None,
         eps_placement: Literal["after", "before"] = "after",
         decay: Literal["before", "after"] = "before",
@@ -74,7 +77,7 @@ class GaLore(LowRankOptimizer):
         method = Method(
             "galore",
             subspace=gradient_subspace(svd, rank_policy),
-            refresh=EveryGap(stagger),
+            refresh=every_gap(stagger, refresh),
             transport=Keep(),
             inner=inner or Adam(eps_placement),
             lift=ProjectBack(),

@@ -10,7 +10,7 @@ from subspan.optim.inner import Adam
 from subspan.optim.lift import ProjectBack
 from subspan.optim.method import Inner, Method
 from subspan.optim.optimizer import LowRankOptimizer, Params
-from subspan.optim.refresh import EveryGap
+from subspan.optim.refresh import every_gap
 from subspan.optim.subspace import Stiefel, Switch, gradient_subspace
 from subspan.optim.transport import RotateFirst
 
@@ -26,7 +26,7 @@ class GoLore(LowRankOptimizer):
         lr: learning rate.
         betas, eps, weight_decay: of Adam.
         golore_after: step from which refreshes draw random subspaces; 0: always.
-        update_proj_gap, scale, proj_type, svd, stagger, inner: as for `GaLore`.
+        update_proj_gap, scale, proj_type, svd, stagger, refresh, inner: as for `GaLore`.
         rank_policy, rtol: as for `GaLore`, while subspaces are those of the gradient; random ones take all of ``rank``.
         seed, nonfinite: see `LowRankOptimizer`.
         **grouping: with a model: settings of `param_groups` such as ``rank`` and ``target_modules``.
@@ -58,6 +58,7 @@ class GoLore(LowRankOptimizer):
         rank_policy: Literal["fixed", "tolerance"] = "fixed",
         rtol: float = 0.3,
         stagger: bool = True,
+        refresh: Literal["now", "late"] = "now",
         inner: Inner | None = None,
         seed: int = 0,
         nonfinite: Literal["skip", "raise"] = "skip",
@@ -71,7 +72,7 @@ class GoLore(LowRankOptimizer):
         method = Method(
             "golore",
             subspace=Switch(gradient_subspace(svd, rank_policy), Stiefel(), key="golore_after"),
-            refresh=EveryGap(stagger),
+            refresh=every_gap(stagger, refresh),
             transport=RotateFirst(),
             inner=inner or Adam(),
             lift=ProjectBack(),

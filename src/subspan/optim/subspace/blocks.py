@@ -27,6 +27,7 @@ class Blocks(Subspace):
 
     orthonormal: ClassVar[bool] = False
     fixed_rank = False
+    sees = "nothing"
 
     def rank(self, m: int, group: Group, *, name: str, refreshes: int, roster: Callable[[], Roster]) -> int:
         if group["density"] is None:

@@ -24,6 +24,7 @@ class Gaussian(Subspace):
 
     stored: bool = True
     orthonormal: ClassVar[bool] = False
+    sees = "nothing"
 
     def __post_init__(self) -> None:
         check_flag("store_basis", self.stored)

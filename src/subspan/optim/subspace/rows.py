@@ -22,6 +22,7 @@ class Rows(Subspace):
     """
 
     orthonormal: ClassVar[bool] = False
+    sees = "nothing"
     sees_all: ClassVar[bool] = False
 
     def specs(self, geometry: Geometry) -> dict[str, StateSpec]:

@@ -15,6 +15,8 @@ from subspan.optim.subspace.svd import OrthonormalBasis
 class Stiefel(OrthonormalBasis):
     """A basis drawn uniformly from the Stiefel manifold, whatever the gradient is (GoLore, arXiv 2410.11289)."""
 
+    sees = "nothing"
+
     def find(
         self, operator: MatrixOperator, geometry: Geometry, *, generator: torch.Generator, step: int, group: Group
     ) -> Found:

@@ -56,6 +56,9 @@ class RandomizedSVD(OrthonormalBasis):
     n_oversamples: int = 0
     n_iter: int = 0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sees", "gradient" if self.n_oversamples or self.n_iter else "sketch")
+
     def find(
         self, operator: MatrixOperator, geometry: Geometry, *, generator: torch.Generator, step: int, group: Group
     ) -> Found:

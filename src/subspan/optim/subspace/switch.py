@@ -28,6 +28,11 @@ class Switch(OrthonormalBasis):
     def __post_init__(self) -> None:
         object.__setattr__(self, "fixed_rank", self.first.fixed_rank and self.second.fixed_rank)
         object.__setattr__(self, "finds_rank", self.first.finds_rank or self.second.finds_rank)
+        both = (self.first.sees, self.second.sees)
+        object.__setattr__(self, "sees", next(what for what in ("gradient", "sketch", "nothing") if what in both))
+
+    def at(self, step: int, group: Group) -> OrthonormalBasis:
+        return self.first if step < group[self.key] else self.second
 
     def rank(self, m: int, group: Group, *, name: str, refreshes: int, roster: Callable[[], Roster]) -> int:
         ranks = (
@@ -38,5 +43,5 @@ class Switch(OrthonormalBasis):
     def find(
         self, operator: MatrixOperator, geometry: Geometry, *, generator: torch.Generator, step: int, group: Group
     ) -> Found:
-        finder = self.first if step < group[self.key] else self.second
-        return finder.find(operator, geometry, generator=generator, step=step, group=group)
+        found = self.at(step, group).find(operator, geometry, generator=generator, step=step, group=group)
+        return found

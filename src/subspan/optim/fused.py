@@ -1,0 +1,92 @@
+"""Hooks that take each gradient as soon as backward has it, and free it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+from weakref import WeakMethod, ref
+
+import torch
+from torch import Tensor
+
+Named = Iterable[tuple[str, Tensor, dict[str, Any]]]
+
+
+class BackwardFusion:
+    """One hook on each parameter whose gradient is not to be kept.
+
+    Args:
+        named: gives (name, parameter, group) of those parameters, as they are now.
+        take: called with each of them once its gradient is whole; the gradient is freed afterwards.
+        optimizer: for what GradScaler leaves on it.
+
+    Raises:
+        RuntimeError: more than one process.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, named: Callable[[], Named], take: Callable[[str, Tensor, Any], None]
+    ) -> None:
+        refuse_processes()
+        # Weak, so that hooks do not keep an optimizer alive that nobody steps any more.
+        self._optimizer, self._named, self._take = ref(optimizer), WeakMethod(named), WeakMethod(take)
+        self._hooks: dict[str, tuple[Tensor, Any]] = {}
+        # GradScaler then hands itself to the optimizer instead of failing on gradients that are not there.
+        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+        self.bind()
+
+    def bind(self) -> None:
+        """Put a hook on each parameter that has none; wrappers swap parameters, groups are added."""
+        named = self._named()
+        assert named is not None
+        for name, parameter, group in named():
+            bound = self._hooks.get(name)
+            if bound is not None and bound[0] is parameter:
+                continue
+            if bound is not None:
+                bound[1].remove()
+            if parameter.requires_grad and parameter.numel() > 0:
+                hook = parameter.register_post_accumulate_grad_hook(self._hook(name, group))
+                self._hooks[name] = (parameter, hook)
+
+    def _hook(self, name: str, group: dict[str, Any]) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            take = self._take()
+            if take is None:
+                return
+            if parameter.grad is None:
+                raise RuntimeError(f"{name}: another optimizer has taken this gradient; fuse one of them into backward")
+            with torch.no_grad(), without_autocast(parameter.device):
+                take(name, parameter, group)
+            parameter.grad = None
+
+        return hook
+
+    def check_step(self) -> None:
+        """Refuse what would be silently wrong.
+
+        Raises:
+            RuntimeError: a gradient scaler, or more than one process.
+        """
+        refuse_processes()
+        optimizer = self._optimizer()
+        if getattr(optimizer, "grad_scale", None) is not None or hasattr(optimizer, "found_inf"):
+            raise RuntimeError(
+                "GradScaler cannot unscale gradients that were taken in backward; use bfloat16 autocast, which needs "
+                "no scaler, or leave fuse_into_backward() out"
+            )
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Products in the dtype of their factors, also where backward or step is called under autocast."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def refuse_processes() -> None:
+    """Raise where hooks would see the gradients of one process only."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and (processes := torch.distributed.get_world_size()) > 1:
+        raise RuntimeError(
+            f"fuse_into_backward() takes the gradients of this process alone, and there are {processes}; "
+            "DDP and FSDP are not supported with it"
+        )

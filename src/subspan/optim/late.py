@@ -1,0 +1,123 @@
+"""The late refresh: what of a gradient has to be kept when it is not kept itself.
+
+R = QᵀG and the sketch Y = GΩ are linear in G, so both can be added up over micro-batches and the gradient thrown away.
+The sketch that one step leaves gives the basis from the next step on. There the basis is turned to the singular
+directions of R, before the moments see it. Until there is a sketch the basis is a random one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subspan.linalg import (
+    DenseOperator,
+    canonical_signs,
+    gaussian_sketch,
+    orthonormalize,
+    random_stiefel,
+    seeded_generator,
+)
+from subspan.linalg.scaling import inverse_scale
+from subspan.optim.method import Geometry, State, Transport
+from subspan.optim.projection import Projection
+from subspan.state import StateSpec
+
+
+@dataclass
+class Folded:
+    """What is kept of the gradients of one parameter between two steps.
+
+    Args:
+        projected: R (..., r, n), the sum over the gradients so far.
+        sketch: Y (..., m, r), the same; None where no refresh is due.
+        squared_norm: ‖G‖²_F of the last gradient, 0-D float64; infinite or NaN where it cannot be squared.
+        count: number of gradients.
+    """
+
+    projected: Tensor
+    sketch: Tensor | None
+    squared_norm: Tensor
+    count: int = 1
+
+    def add(self, other: Folded) -> None:
+        """Add what another gradient left."""
+        self.projected += other.projected
+        if self.sketch is not None and other.sketch is not None:
+            self.sketch += other.sketch
+        # NaN and infinity stay: what follows them is finite again, the sum is not.
+        self.squared_norm = other.squared_norm + 0 * self.squared_norm
+        self.count += other.count
+
+    def norm_squared(self) -> Tensor:
+        """‖G‖² of the one gradient, or ‖R‖² where several were added up, 0-D float64."""
+        if self.count == 1:
+            return self.squared_norm
+        return torch.linalg.vector_norm(self.projected, dtype=torch.float64).square()
+
+    def scale_(self, factor: Tensor) -> None:
+        """Multiply the gradient by a number; the range of the sketch does not depend on it."""
+        self.projected *= factor
+        self.squared_norm = self.squared_norm * factor.double().square()
+
+
+def fold(G: Tensor, projection: Projection, Omega: Tensor | None) -> Folded:
+    """R, Y and ‖G‖² of one oriented gradient (..., m, n)."""
+    R = projection.project(G)
+    if R.data_ptr() == G.data_ptr():
+        R = R.clone()  # at full rank R is G, which is about to be freed or overwritten
+    sketch = None if Omega is None else DenseOperator(G).matmul(Omega).to(R.dtype)
+    return Folded(R, sketch, torch.linalg.vector_norm(G, dtype=R.dtype).double().square())
+
+
+def test_matrix(geometry: Geometry, seed: int, name: str, refreshes: int, like: Tensor) -> Tensor:
+    """Ω (..., n, r) of a refresh: the same for all gradients that are added up, drawn from the seed each time."""
+    return gaussian_sketch(
+        geometry.n,
+        geometry.rank,
+        generator=seeded_generator(seed, name, refreshes),
+        batch_shape=geometry.batch,
+        device=like.device,
+        dtype=like.dtype,
+    )
+
+
+def random_start(state: State, geometry: Geometry, seed: int, name: str) -> None:
+    """A random basis, for as long as there is no sketch."""
+    basis = state["basis"]
+    generator = seeded_generator(seed, name, "start")
+    Q = random_stiefel(geometry.m, geometry.rank, generator=generator, batch_shape=geometry.batch, dtype=basis.dtype)
+    basis.copy_(Q)
+
+
+def basis_from_sketch(state: State, specs: Mapping[str, StateSpec], Y: Tensor, transport: Transport, step: int) -> None:
+    """Make the range of Y the subspace."""
+    Q = orthonormalize(Y)
+    new = {"basis": (Q * canonical_signs(Q)).to(state["basis"].dtype)}
+    transport.carry(state, specs, new, step)
+    state["basis"].copy_(new["basis"])
+
+
+def turn(state: State, specs: Mapping[str, StateSpec], R: Tensor, transport: Transport, step: int) -> Tensor:
+    """Turn the basis to the singular directions of R, Q ← QX with RRᵀ = X diag(λ) Xᵀ, and return XᵀR."""
+    scaled = R * inverse_scale(R.abs().amax(dim=(-2, -1)), R.dtype, R.device)
+    X = torch.linalg.eigh(scaled @ scaled.mT).eigenvectors.flip(-1)
+    Q = state["basis"].to(X.dtype) @ X
+    signs = canonical_signs(Q)
+    new = {"basis": (Q * signs).to(state["basis"].dtype)}
+    transport.carry(state, specs, new, step)
+    state["basis"].copy_(new["basis"])
+    return (X * signs).mT @ R
+
+
+def nonfinite_folded(folded: Mapping[str, Folded]) -> list[str]:
+    """Names of the parameters with a gradient that is not finite, or too large to be squared."""
+    if not folded:
+        return []
+    device = next(iter(folded.values())).projected.device
+    squares = torch.stack([item.squared_norm.to(device) for item in folded.values()])
+    return [name for name, square in zip(folded, squares.tolist(), strict=True) if not math.isfinite(square)]

@@ -1,0 +1,97 @@
+"""State that is allocated as declared, follows its parameters, and is saved and loaded whole."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from typing import Any
+
+from torch import Tensor
+
+from subspan.optim import loading
+from subspan.optim.declared import DeclaredOptimizer
+from subspan.optim.method import State
+
+
+class StoredOptimizer(DeclaredOptimizer):
+    """A declared optimizer with its state."""
+
+    seed: int
+    skipped_steps: int
+    _bound: dict[str, Tensor]
+
+    def init_state(self) -> None:
+        """Allocate the state of every trainable parameter now; a step would do it lazily."""
+        self._rebind()
+        for group in self.param_groups:
+            for name, parameter in self._named(group):
+                if parameter.requires_grad and parameter.numel() > 0:
+                    self._ensure_state(name, parameter, group)
+
+    def _ensure_state(self, name: str, parameter: Tensor, group: dict[str, Any]) -> State:
+        state = self.state[parameter]
+        if not state:
+            for key, spec in self._specs(name, parameter, group, {}).items():
+                state[key] = spec.allocate(parameter.device)
+        self._bound[name] = parameter
+        return state
+
+    def _rebind(self) -> None:
+        """Move state to the tensors that now stand under the same names: wrappers swap parameters but not state."""
+        for group in self.param_groups:
+            for name, parameter in self._named(group):
+                old = self._bound.get(name)
+                if old is not None and old is not parameter and parameter not in self.state and old in self.state:
+                    self.state[parameter] = self.state.pop(old)
+                    self._bound[name] = parameter
+
+    def state_dict(self) -> dict[str, Any]:
+        """State, groups and the origin (method, seed, format) as tensors and plain values."""
+        self._rebind()
+        origin = {
+            "schema": loading.SCHEMA,
+            "method": self.method.name,
+            "parts": self.method.parts(),
+            "seed": self.seed,
+            "skipped_steps": self.skipped_steps,
+        }
+        return {**super().state_dict(), "subspan": origin}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; every tensor keeps its dtype, and nothing is changed when anything does not fit.
+
+        Parameters are matched by name where both sides have names. Settings of the groups (learning rates, betas, ...)
+        and the seed are taken from the checkpoint.
+
+        Raises:
+            ValueError: another method, rank, set of parameters or a newer format; the message says what differs.
+        """
+        state_dict = dict(state_dict)
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            if replaced is not None:
+                state_dict = replaced
+        origin = loading.check_origin(state_dict, self.method)
+        saved_groups = state_dict["param_groups"]
+        loaded = loading.load_parameters(self.param_groups, saved_groups, state_dict["state"], self._specs)
+        groups = []
+        for group, saved in zip(self.param_groups, saved_groups, strict=True):
+            settings = {
+                key: copy.deepcopy(value) for key, value in saved.items() if key not in ("params", "param_names")
+            }
+            groups.append({**group, **settings})
+        state: defaultdict[Tensor, State] = defaultdict(dict)
+        state |= {parameter: tensors for parameter, tensors in loaded.values()}
+        self._bound = {name: parameter for name, (parameter, _) in loaded.items()}
+        if origin is not None:
+            self.seed = origin["seed"]
+            self.skipped_steps = origin["skipped_steps"]
+        self.__setstate__({"state": state, "param_groups": groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("method", "seed", "nonfinite", "skipped_steps", "_warned", "_bound", "_cached_roster")
+        # Hooks belong to the parameters; what was folded is no state.
+        nothing: dict[str, Any] = {"_folded": {}, "_stepped": {}, "_fusion": None}
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}, **nothing}

@@ -1,0 +1,45 @@
+"""GaLore whose bases come late: a sketch of one step's gradient gives the basis from the next step on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from references.galore import GaLoreReference
+from references.parts import drop_round_off
+
+
+def canonical(Q: Tensor) -> Tensor:
+    largest = Q.gather(0, Q.abs().argmax(0, keepdim=True))
+    return Q * torch.where(largest < 0, -1.0, 1.0)
+
+
+class LateGaLoreReference(GaLoreReference):
+    """`start(G, rank)` draws the first basis, `sketch(G, rank)` gives GΩ at a refresh."""
+
+    def __init__(
+        self, *, start: Callable[[Tensor, int], Tensor], sketch: Callable[[Tensor, int], Tensor], **settings: Any
+    ) -> None:
+        super().__init__(**settings)
+        self.start, self.sketch = start, sketch
+        self.turned = True
+
+    def direction(self, G: Tensor) -> Tensor:
+        if self.Q is None:
+            self.Q = self.start(G, self.rank).double()
+        R = self.Q.T @ G
+        if not self.turned:
+            X = torch.linalg.eigh(R @ R.T).eigenvectors.flip(1)
+            new = canonical(self.Q @ X)
+            self.carry(self.Q, new)
+            self.Q, R, self.turned = new, new.T @ G, True
+        R = drop_round_off(R, len(G))
+        D = self.lift(self.Q, R, self.inner(R), G)
+        if self.t % self.gap == 0:
+            new = canonical(torch.linalg.qr(self.sketch(G, self.rank).double()).Q)
+            self.carry(self.Q, new)
+            self.Q, self.turned = new, False
+        return D
