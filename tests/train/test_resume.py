@@ -47,8 +47,10 @@ def optimizer_state(folder: Path, step: int) -> dict[str, Any]:
         {"method": "fira", "grad_accumulation": 2, "schedule": "linear"},
         {"method": "frugal", "rank": None, "optimizer": {"update_proj_gap": 3}},
         {"rank": 30, "optimizer": {"rank_policy": "tolerance", "rtol": 0.05, "update_proj_gap": 3}},
+        {"gradient": "fused", "grad_accumulation": 2},
+        {"gradient": "fused", "method": "apollo", "max_grad_norm": 0.0},
     ],
-    ids=["fp32", "bf16", "amp", "accumulation", "frugal", "tolerance"],
+    ids=["fp32", "bf16", "amp", "accumulation", "frugal", "tolerance", "folded", "updated in backward"],
 )
 def test_a_killed_run_continues_bit_exactly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]

@@ -15,7 +15,7 @@ class MemoryPlan:
 
     Args:
         weights: parameters and buffers, tied ones once.
-        gradients: of all trainable parameters, as they exist at the end of a backward pass.
+        gradients: as they exist at the end of the first backward pass: whole ones, or what was folded of them.
         state: optimizer state by key (``exp_avg``, ``basis``, ...).
     """
 
@@ -47,10 +47,9 @@ def plan(model: nn.Module, optimizer: LowRankOptimizer) -> MemoryPlan:
         >>> plan(model, GaLore(model, rank=4)).state["exp_avg"]  # 4 × 64 float32
         1024
     """
-    parameters = list(model.parameters())
-    tensors = [*parameters, *model.buffers()]
+    tensors = [*model.parameters(), *model.buffers()]
     return MemoryPlan(
         weights=sum(tensor.numel() * tensor.itemsize for tensor in tensors),
-        gradients=sum(tensor.numel() * tensor.itemsize for tensor in parameters if tensor.requires_grad),
+        gradients=optimizer.planned_gradient_bytes(),
         state=optimizer.planned_state_bytes(),
     )

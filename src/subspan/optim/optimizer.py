@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -119,7 +120,7 @@ class LowRankOptimizer(Executor):
         if self._fusion is not None:
             return
         method = self.method
-        if method.lift is None or method.lift.needs_gradient:
+        if not self.folds:
             self._fusion = BackwardFusion(self, self._everything, self._step_now)
             return
         assert method.subspace is not None and method.refresh is not None
@@ -129,6 +130,37 @@ class LowRankOptimizer(Executor):
                 if "refreshes" in state:
                     state["turned"] = torch.ones((), dtype=torch.int64)
         self._fusion = BackwardFusion(self, self._projected, self._fold)
+
+    @property
+    def folds(self) -> bool:
+        """Whether `fuse_into_backward` folds gradients; else it updates inside backward."""
+        return self.method.lift is not None and not self.method.lift.needs_gradient
+
+    def planned_gradient_bytes(self) -> int:
+        """Bytes of gradients at the end of the first backward pass, which needs the most: all sketches are due.
+
+        Fused into backward, one whole gradient at a time comes on top while backward runs.
+        """
+        total = 0
+        for name, parameter, group in self._everything():
+            if not parameter.requires_grad or (self._fusion is not None and not self.folds):
+                continue
+            geometry = self._geometry(name, parameter, group, self._state(parameter))
+            if self._fusion is None or geometry is None:
+                total += parameter.numel() * parameter.itemsize
+                continue
+            assert self.method.subspace is not None
+            sketched = geometry.projected and self.method.subspace.at(0, group).sees == "sketch"
+            columns = geometry.n + (geometry.m if sketched else 0)
+            total += math.prod(geometry.batch) * geometry.rank * columns * geometry.dtype.itemsize
+        return total
+
+    def gradient_bytes(self) -> int:
+        """Bytes of gradients that are allocated now, whole ones and what was folded of them."""
+        tensors = [parameter.grad for parameter in self._with_grad()]
+        for item in self._folded.values():
+            tensors += [item.projected, item.sketch]
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
     def _everything(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         for group in self.param_groups:

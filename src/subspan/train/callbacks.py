@@ -26,6 +26,7 @@ _METRICS = (
     "eval_loss",
     "eval_perplexity",
     "grad_norm",
+    "grad_norm_exact",
     "learning_rate",
     "tokens",
     "skipped_steps",

@@ -55,6 +55,9 @@ class PretrainConfig:
         grad_accumulation: Forward passes in an optimizer step.
         seq_len: Tokens in a sequence.
         dtype: float32; bfloat16 (weights and gradients in bfloat16); or amp (float32 weights, bfloat16 arithmetic).
+        gradient: full; or fused: each gradient is taken in backward and freed. GaLore and GoLore then keep its
+            projection only, and accumulate and clip that; the other methods update the weights in backward, which
+            needs ``--max_grad_norm 0`` and no accumulation.
         activation_checkpointing: Recompute activations in the backward pass: less memory, more time.
         eval_every: Steps between evaluations on the held-out text; 0 evaluates at the end only.
         eval_batches: Batches in an evaluation.
@@ -90,6 +93,7 @@ class PretrainConfig:
     grad_accumulation: int = 1
     seq_len: int = 128
     dtype: Literal["float32", "bfloat16", "amp"] = "float32"
+    gradient: Literal["full", "fused"] = "full"
     activation_checkpointing: bool = False
     eval_every: int = 200
     eval_batches: int = 40
@@ -120,6 +124,7 @@ class PretrainConfig:
         self._demand("validation", 0 < self.validation < 1, "between 0 and 1")
         self._demand("schedule", self.schedule in ("cosine", "linear", "constant"), "cosine, linear or constant")
         self._demand("dtype", self.dtype in ("float32", "bfloat16", "amp"), "float32, bfloat16 or amp")
+        self._demand("gradient", self.gradient in ("full", "fused"), "full or fused")
         self._demand("report_to", self.report_to in ("none", "tensorboard", "wandb"), "none, tensorboard or wandb")
 
     def _demand(self, name: str, good: bool, allowed: str) -> None:

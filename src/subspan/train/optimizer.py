@@ -56,7 +56,16 @@ def check_settings(config: PretrainConfig) -> None:
     Raises:
         ValueError: an unknown method or setting, or an impossible value.
     """
-    build_optimizer(nn.Linear(8, 8), dataclasses.replace(resolve(config, 8), target_modules="all-linear", exclude=[]))
+    optimizer = build_optimizer(
+        nn.Linear(8, 8), dataclasses.replace(resolve(config, 8), target_modules="all-linear", exclude=[])
+    )
+    if config.gradient == "fused" and not optimizer.folds:
+        for name, allowed in (("max_grad_norm", 0), ("grad_accumulation", 1)):
+            if (value := getattr(config, name)) != allowed:
+                raise ValueError(
+                    f"{name} is {value}, but with gradient 'fused' the method {config.method!r} uses each gradient up "
+                    f"in backward: give --{name} {allowed}, or --gradient full."
+                )
 
 
 def build_optimizer(model: nn.Module, config: PretrainConfig) -> LowRankOptimizer:
@@ -71,7 +80,7 @@ def build_optimizer(model: nn.Module, config: PretrainConfig) -> LowRankOptimize
     if config.rank is not None:
         settings["rank"] = config.rank
     try:
-        return create_optimizer(
+        optimizer = create_optimizer(
             config.method,
             model,
             lr=config.lr,
@@ -85,6 +94,9 @@ def build_optimizer(model: nn.Module, config: PretrainConfig) -> LowRankOptimize
         )
     except TypeError as error:
         raise ValueError(f"optimizer: {error}") from error
+    if config.gradient == "fused":
+        optimizer.fuse_into_backward()
+    return optimizer
 
 
 def projected_names(optimizer: LowRankOptimizer) -> list[str]:
@@ -98,7 +110,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, config: PretrainConfig, mo
     Raises:
         RuntimeError: another class, or not the same parameters projected.
     """
-    wanted = build_optimizer(model, config)
+    wanted = build_optimizer(model, dataclasses.replace(config, gradient="full"))
     if type(optimizer) is not type(wanted):
         raise RuntimeError(
             f"the Trainer uses {type(optimizer).__name__} although {type(wanted).__name__} was asked for; this version "

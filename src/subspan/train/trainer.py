@@ -65,6 +65,7 @@ class PretrainTrainer(Trainer):
         self.gradient_bytes = 0
         self._mark = 0.0
         self._staging = False
+        self._norm_is_exact = True
         # The factory receives the model: only the model tells embeddings and the head from other matrices.
         factory: Any = lambda: build_optimizer  # noqa: E731
         super().__init__(optimizer_cls_and_kwargs=(factory, {"config": config}), **kwargs)
@@ -95,7 +96,16 @@ class PretrainTrainer(Trainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         if created:
             check_optimizer(optimizer, self.config, self.network)
+            if self.config.gradient == "fused":
+                # The Trainer's own way to clip sees none of the gradients that were taken in backward.
+                self.accelerator.clip_grad_norm_ = self._clip_fused
         return optimizer
+
+    def _clip_fused(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+        optimizer = self.low_rank_optimizer
+        norm = optimizer.grad_norm() if math.isinf(max_norm) else optimizer.clip_grad_norm_(max_norm)
+        self._norm_is_exact = norm.exact
+        return torch.tensor(norm.value)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add tokens, speed, memory and perplexity to what the Trainer logs."""
@@ -107,6 +117,8 @@ class PretrainTrainer(Trainer):
             logs["skipped_steps"] = self.low_rank_optimizer.skipped_steps
             if ranks := varying_ranks(self.low_rank_optimizer):
                 logs["mean_rank"] = statistics.fmean(ranks.values())
+            if self.config.gradient == "fused":
+                logs["grad_norm_exact"] = self._norm_is_exact
         if "eval_loss" in logs:
             logs["eval_perplexity"] = perplexity(logs["eval_loss"])
         super().log(logs, *args, **kwargs)
@@ -187,8 +199,7 @@ class _Bookkeeping(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not self.trainer.gradient_bytes:
-            gradients = [p.grad for p in self.trainer.network.parameters() if p.grad is not None]
-            self.trainer.gradient_bytes = sum(gradient.untyped_storage().nbytes() for gradient in gradients)
+            self.trainer.gradient_bytes = self.trainer.low_rank_optimizer.gradient_bytes()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         now = time.perf_counter()
