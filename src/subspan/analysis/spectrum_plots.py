@@ -67,60 +67,51 @@ def _decay(spectra: Spectra, kinds: Kinds) -> Any:
     """σ_i / σ_1 for each kind of layer, one line for each point in time, or for each layer if there is but one."""
     if not kinds:
         return None
-    times = _steps(kinds)
-    over_time = len(times) > 1
-    values = (
-        times if over_time else sorted({row.layer for rows in kinds.values() for row in rows if row.layer is not None})
-    )
+    place, where = _places(kinds)
+    values = sorted({value for rows in kinds.values() for row in rows if (value := place(row)) is not None})
     figure, panels, labels = _panels(kinds)
     colour = _colours(values)
     lowest = 1.0
-    for panel, (kind, rows) in zip(panels, kinds.items(), strict=False):
-        for value in list(dict.fromkeys((row.step or 0) if over_time else row.layer for row in rows)):
-            same = [row for row in rows if ((row.step or 0) if over_time else row.layer) == value]
-            curve = _middle([spectra.singular_values[row.key] for row in same])
-            panel.plot(
-                range(1, len(curve) + 1), curve.where(curve > _FLOOR, torch.nan), color=colour(value), linewidth=1.2
-            )
+    for panel, (kind, rows) in zip(panels, kinds.items(), strict=True):
+        for value in dict.fromkeys(map(place, rows)):
+            curve = _middle([spectra.singular_values[row.key] for row in rows if place(row) == value])
+            curve = curve[curve > _FLOOR]
+            lowest = min(lowest, curve[-1].item())
+            panel.plot(range(1, len(curve) + 1), curve, color=colour(value), linewidth=1.2)
         panel.axvline(rows[0].rank, color="grey", linestyle=":", linewidth=1)
         panel.set(yscale="log", title=labels[kind])
         panel.margins(x=0.01)
     for panel in panels:
         panel.set_ylim(lowest / 2, 2)
-    lines = "medians over layers" if over_time else "a line for each layer"
+    lines = "medians over layers" if where == "step" else "a line for each layer"
     figure.suptitle(f"{spectra.what}: σᵢ/σ₁ over i, {lines}; dotted: r")
     if len(values) > 1:
-        _colour_bar(figure, panels, values, "step" if over_time else "layer")
+        _colour_bar(figure, panels, values, where)
     return figure
 
 
 def _ranks(spectra: Spectra, kinds: Kinds) -> Any:
     """Ranks for 90, 95 and 99 % of the energy over training, or over the depth if there is one point in time."""
-    over_time = len(_steps(kinds)) > 1
-    if not over_time:
-        kinds = {kind: rows for kind, rows in kinds.items() if len({row.layer for row in rows}) > 1}
+    place, where = _places(kinds)
+    if where == "layer":
+        kinds = {kind: rows for kind, rows in kinds.items() if len(set(map(place, rows))) > 1}
     if not kinds:
         return None
     figure, panels, labels = _panels(kinds)
-    shown = [row for rows in kinds.values() for row in rows]
-    top = 1.05 * max(max(row.figures.rank_99 if row.figures else 0, row.rank or 0) for row in shown)
-    for panel, (kind, rows) in zip(panels, kinds.items(), strict=False):
-        places = sorted({(row.step or 0) if over_time else (row.layer or 0) for row in rows})
-        at = [
-            [row for row in rows if ((row.step or 0) if over_time else (row.layer or 0)) == place] for place in places
-        ]
+    highest = 0
+    for panel, (kind, rows) in zip(panels, kinds.items(), strict=True):
+        places = sorted({place(row) or 0 for row in rows})
         for share, shade in ((99, "#08306b"), (95, "#2171b5"), (90, "#6baed6")):
-            values = [[getattr(row.figures, f"rank_{share}") for row in group] for group in at]
-            middle = [statistics.median(v) for v in values]
-            panel.plot(places, middle, color=shade, marker="o", markersize=3, label=f"{share} %")
-            panel.fill_between(
-                places, [min(v) for v in values], [max(v) for v in values], color=shade, alpha=0.15, lw=0
-            )
+            at = [[getattr(row.figures, f"rank_{share}") for row in rows if (place(row) or 0) == x] for x in places]
+            panel.plot(places, list(map(statistics.median, at)), color=shade, marker="o", ms=3, label=f"{share} %")
+            panel.fill_between(places, list(map(min, at)), list(map(max, at)), color=shade, alpha=0.15, lw=0)
+            highest = max(highest, rows[0].rank or 0, *map(max, at))
         panel.axhline(rows[0].rank, color="grey", linestyle=":", linewidth=1, label="r")
-        panel.set(title=labels[kind], ylim=(0, top))
+        panel.set(title=labels[kind])
         _ticks(panel, places)
+    for panel in panels:
+        panel.set_ylim(0, 1.05 * highest)
     panels[0].legend(fontsize="small", ncols=2)
-    where = "step" if over_time else "layer"
     figure.suptitle(f"{spectra.what}: rank for 90, 95, 99 % of the energy over the {where}; band: least to most")
     return figure
 
@@ -160,6 +151,13 @@ _PICTURES: dict[str, Callable[[Spectra, Kinds], Any]] = {"decay": _decay, "ranks
 
 def _steps(kinds: Kinds) -> list[int]:
     return sorted({row.step or 0 for rows in kinds.values() for row in rows})
+
+
+def _places(kinds: Kinds) -> tuple[Callable[[SpectrumRow], int | None], str]:
+    """What rows are laid out over: the step, or the number of the layer if there is one step."""
+    if len(_steps(kinds)) > 1:
+        return (lambda row: row.step or 0), "step"
+    return (lambda row: row.layer), "layer"
 
 
 def _middle(curves: Iterable[Tensor]) -> Tensor:

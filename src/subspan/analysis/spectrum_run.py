@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -143,17 +144,18 @@ def _wanted(layers: str | None, checkpoints: list[Checkpoint]) -> list[str]:
 
 def _describe(console: Console, source: Source, output: Path) -> None:
     points = ", ".join(checkpoint.path.name for checkpoint in source.checkpoints)
-    console.print(f"[bold]read[/]    {source.path}: {points}", highlight=False, soft_wrap=True)
-    console.print(f"[bold]output[/]  {output}\n", highlight=False, soft_wrap=True)
+    console.print(f"[bold]read[/]    {escape(f'{source.path}: {points}')}", highlight=False, soft_wrap=True)
+    console.print(f"[bold]output[/]  {escape(str(output))}\n", highlight=False, soft_wrap=True)
 
 
 def _say_where(console: Console, output: Path, pictures: list[Path] | None, settings: SpectrumSettings) -> None:
     files = sorted(file.name for file in output.iterdir() if file.suffix in (".csv", ".safetensors", ".png"))
-    console.print(f"In {output}: {', '.join(files)}", highlight=False, soft_wrap=True)
+    console.print(f"In {output}: {', '.join(files)}", markup=False, highlight=False, soft_wrap=True)
     if settings.save_gradients is not None:
-        console.print(f"Gradients: {settings.save_gradients}", highlight=False, soft_wrap=True)
+        console.print(f"Gradients: {settings.save_gradients}", markup=False, highlight=False, soft_wrap=True)
     if pictures is None:
-        console.print("No pictures, since matplotlib is not installed: pip install 'subspan[report]'", highlight=False)
+        without = "No pictures, since matplotlib is not installed: pip install 'subspan[report]'"
+        console.print(without, markup=False, highlight=False, soft_wrap=True)
 
 
 def _samples(settings: SpectrumSettings, source: Source) -> int:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from subspan.analysis.spectrum_rows import EXPECTED, Spectra, SpectrumRow
@@ -39,12 +40,12 @@ def show(console: Console, spectra: Spectra, *, full: bool) -> None:
         else:
             console.print(_summary(spectra, analysed))
         for line in _suggestions(spectra.what, analysed):
-            console.print(line, highlight=False)
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     for reason in dict.fromkeys(row.reason for row in spectra.rows if row.reason):
         names = list(dict.fromkeys(row.name for row in spectra.rows if row.reason == reason))
         listed = "" if reason in EXPECTED else f": {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         some = "tensor" if len(names) == 1 else "tensors"
-        console.print(f"Left out, {reason}: {len(names)} {some}{listed}", highlight=False)
+        console.print(f"Left out, {reason}: {len(names)} {some}{listed}", markup=False, highlight=False, soft_wrap=True)
     console.print()
 
 
@@ -115,7 +116,7 @@ def _summary(spectra: Spectra, analysed: list[SpectrumRow]) -> Table:
             number(median(last, lambda row: row.suggested_rank), ".0f"),
         ]
         table.add_row(
-            labels[kind],
+            escape(labels[kind]),
             str(count) if count > 1 else "",
             "×".join(map(str, size)),
             number(median(last, _figure("stable_rank")), ".1f"),
@@ -155,7 +156,7 @@ def _full(spectra: Spectra, analysed: list[SpectrumRow]) -> Table:
     for header in used:
         table.add_column(header, justify="left" if header == "tensor" else "right", overflow="fold")
     for row in analysed:
-        table.add_row(*(cell(row) for cell in used.values()))
+        table.add_row(*(escape(cell(row)) for cell in used.values()))
     return table
 
 
