@@ -6,12 +6,15 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from subspan.linalg import random_stiefel, seeded_generator
+
+if TYPE_CHECKING:
+    from subspan.analysis.spectrum_sources import Checkpoint
 
 __all__ = ["SPECTRA", "MatrixSource", "parse_size", "saved_matrices", "sigma", "synthetic_matrices", "with_spectrum"]
 
@@ -129,37 +132,24 @@ def saved_matrices(file: str | Path) -> list[MatrixSource]:
         >>> saved_matrices("gradients.safetensors")  # doctest: +SKIP
         [MatrixSource(name='model.layers.0.mlp.up_proj.weight', load=...), ...]
     """
-    from safetensors import SafetensorError, safe_open
+    # Imports transformers, which matrices of a known spectrum do without.
+    from subspan.analysis.spectrum_sources import Checkpoint
 
     path = Path(file).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"gradients {str(file)!r}: no such file.")
-
-    try:
-        with safe_open(path, framework="pt") as tensors:
-            names = sorted(tensors.keys(), key=_natural)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"gradients {str(file)!r} cannot be read as a safetensors file ({error}); it may be cut short or of another"
-            " format. Save it with safetensors.torch.save_file: tensor name -> gradient."
-        ) from error
-    if not names:
+    tensors = Checkpoint(path)
+    if not tensors.names:
         raise ValueError(f"gradients {str(file)!r} holds no tensor.")
-    return [MatrixSource(name, partial(_saved, path, name)) for name in names]
+    return [MatrixSource(name, partial(_as_matrix, tensors, name)) for name in tensors.names]
 
 
 def _synthetic(spectrum: str, m: int, n: int) -> Tensor:
     return with_spectrum(sigma(spectrum, min(m, n)), m, n)
 
 
-def _saved(path: Path, name: str) -> Tensor:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as tensors:
-        return _as_matrix(tensors.get_tensor(name))
-
-
-def _as_matrix(gradient: Tensor) -> Tensor:
+def _as_matrix(tensors: Checkpoint, name: str) -> Tensor:
+    gradient = tensors.read(name)
     if gradient.ndim != 2:
         raise ValueError(f"its shape is {tuple(gradient.shape)}: only matrices are measured")
     if not gradient.dtype.is_floating_point:
@@ -168,8 +158,3 @@ def _as_matrix(gradient: Tensor) -> Tensor:
         )
     matrix = gradient.float()
     return matrix.mT.contiguous() if matrix.shape[0] > matrix.shape[1] else matrix
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -162,7 +162,7 @@ def measure_matrix(
 def _finders(A: Tensor, rank: int, rtol: float) -> dict[str, Finder | str]:
     adaptive: dict[str, Finder | str] = dict(adaptive_finders(A, rtol))
     if rtol < _LEAST_TOLERANCE:
-        adaptive = dict.fromkeys(adaptive, f"the tolerance {rtol:.0e} of this rank is below the rounding of float32")
+        adaptive = dict.fromkeys(adaptive, f"tolerance {rtol:.0e} is below the rounding of float32")
     return {**fixed_rank_finders(A, rank), **adaptive, **peers(A, rank)}
 
 
@@ -182,7 +182,7 @@ def _too_slow(A: Tensor, rank: int, rtol: float, methods: Set[str], clock: Clock
         finder = finders[method]
         if isinstance(finder, str):
             continue
-        expected = clock.seconds(_safe(finder))[0] * factor**3
+        expected = min(clock.seconds(_safe(finder))[0] for _ in range(2)) * factor**3
         if expected > longest:
             reasons[method] = f"would take about {expected:.0f} s, more than {longest:g} s"
     return reasons

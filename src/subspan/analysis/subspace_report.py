@@ -8,6 +8,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -16,26 +17,22 @@ from subspan.analysis.subspace_bench import MatrixResult, Measurement
 __all__ = ["as_csv", "as_record", "as_table"]
 
 
-def as_table(result: MatrixResult) -> Table | Text:
-    """One matrix for the terminal: a table, or the line that says why it was not measured."""
+def as_table(result: MatrixResult) -> Group:
+    """One matrix for the terminal: its table, then what was not measured."""
     if result.reason is not None:
-        return Text(f"{result.matrix}: not measured, {result.reason}", style="dim")
+        return Group(Text(f"{result.matrix}: not measured, {result.reason}", style="dim"))
     assert result.shape and result.optimum is not None and result.unit_milliseconds is not None
-    table = Table(
-        title=f"{result.matrix}: rank {result.rank} of {min(result.shape)} holds {result.optimum:.4f}·‖A‖, "
-        f"unit {_short(result.unit_milliseconds)} ms",
-        title_justify="left",
-        box=None,
-        header_style="bold",
+    heading = (
+        f"{result.matrix}: rank {result.rank} of {min(result.shape)}, optimum {result.optimum:.4f} of ‖A‖, "
+        f"unit {_short(result.unit_milliseconds)} ms"
     )
+    table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("method")
     for column in ("units", "ms", "energy", "lost", "rank", "‖QᵀQ − I‖"):
         table.add_column(column, justify="right", no_wrap=True)
     for method in result.methods:
-        if method.reason is not None:
-            table.add_row(f"{method.method}: {method.reason}", style="dim")
+        if method.units is None or method.milliseconds is None or method.energy is None:
             continue
-        assert method.units is not None and method.milliseconds is not None and method.energy is not None
         table.add_row(
             method.method,
             _short(method.units),
@@ -45,7 +42,8 @@ def as_table(result: MatrixResult) -> Table | Text:
             str(method.rank),
             f"{method.orthogonality:.0e}",
         )
-    return table
+    missing = [f"{method.method}: {method.reason}" for method in result.methods if method.reason is not None]
+    return Group(Text(heading, style="bold"), table, *(Text(line, style="dim") for line in missing), "")
 
 
 def as_record(results: Sequence[MatrixResult]) -> list[dict[str, Any]]:
