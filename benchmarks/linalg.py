@@ -17,10 +17,8 @@ Example:
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,9 @@ import torch
 from record import RESULTS, environment, write_record
 from torch import Tensor
 
+from subspan.analysis.finders import fixed_rank_finders, peers
+from subspan.analysis.matrices import SPECTRA, parse_size, sigma, with_spectrum
+from subspan.analysis.timing import THREAD, in_units, projection
 from subspan.linalg import (
     adaptive_range_finder,
     captured_energy,
@@ -36,60 +37,27 @@ from subspan.linalg import (
     gram_basis,
     orthogonality_error,
     orthonormalize,
-    random_stiefel,
     range_finder,
     rank_for_energy,
     seeded_generator,
 )
 from subspan.linalg.polar import gram_schmidt_twice
 
-SPECTRA: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "pow 1/2": lambda i, k: i.rsqrt(),
-    "pow 1": lambda i, k: 1 / i,
-    "exp": lambda i, k: torch.exp(-20 * (i - 1) / k),
-    "exp below rounding": lambda i, k: torch.exp(-80 * (i - 1) / k),
-    "flat": lambda i, k: torch.ones(k),
-    "rank 4": lambda i, k: (i <= 4) * 1.0,
-    "zero": lambda i, k: torch.zeros(k),
-}
-
-
-def sigma(spectrum: str, k: int) -> Tensor:
-    """Singular values of a named spectrum, float64."""
-    return SPECTRA[spectrum](torch.arange(1, k + 1, dtype=torch.float64), k).double()
-
-
-def with_spectrum(values: Tensor, m: int, n: int, seed: int = 0) -> Tensor:
-    """Float32 matrix with these singular values and Haar singular vectors."""
-    generator = seeded_generator(seed, "benchmark")
-    U = random_stiefel(m, len(values), generator=generator)
-    V = random_stiefel(n, len(values), generator=generator)
-    return (U * values.float()) @ V.mT
-
-
-def seconds(function: Callable[[], Any]) -> tuple[float, Any]:
-    """Processor seconds of this thread, and the result."""
-    start = time.thread_time()
-    result = function()
-    return time.thread_time() - start, result
-
-
-def in_units(A: Tensor, rank: int, methods: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Ratios of each method's time to that of QᵀA, taken in turns."""
-    Q = torch.linalg.qr(torch.randn(A.shape[0], rank)).Q
-    ratios: dict[str, list[float]] = {name: [] for name in methods}
-    for i in range(rounds + 1):
-        for name, method in methods.items():
-            unit = statistics.median(seconds(lambda: Q.mT @ A)[0] for _ in range(3))
-            ratio = seconds(method)[0] / unit
-            if i:  # the first round warms up
-                ratios[name].append(ratio)
-    return ratios
-
-
-def svd_lowrank(A: Tensor, rank: int, n_iter: int) -> Tensor:
-    """Left factor of torch.svd_lowrank."""
-    return torch.svd_lowrank(A, q=rank, niter=n_iter)[0]
+# Finders of a given rank that are compared.
+FIXED = (
+    "sketch, QR",
+    "sketch, QR, rotation",
+    "one power iteration, rotation",
+    "one power iteration",
+    "sparse sign, QR",
+    "column sampling, QR",
+    "eigh of Gram",
+    "torch.svd_lowrank niter=1",
+    "torch.svd_lowrank niter=2",
+    "torch.linalg.svd",
+    "sklearn n_iter=1, p=0",
+    "sklearn defaults",
+)
 
 
 def measure_fixed(args: argparse.Namespace) -> dict[str, Any]:
@@ -101,38 +69,15 @@ def measure_fixed(args: argparse.Namespace) -> dict[str, Any]:
         A = with_spectrum(values, m, n)
         best = (values[:rank].norm() / values.norm()).item()
 
-        def ours(matrix: Tensor = A, r: int = rank, **settings: Any) -> Callable[[], Tensor]:
-            return lambda: range_finder(matrix, r, generator=seeded_generator(0), **settings).basis
-
-        methods: dict[str, Callable[[], Tensor]] = {
-            "sketch, QR": ours(rotate=False),
-            "sketch, QR, rotation": ours(),
-            "one power iteration, rotation": ours(n_iter=1),
-            "one power iteration": ours(n_iter=1, rotate=False),
-            "sparse sign, QR": ours(rotate=False, sketch="sparse_sign"),
-            "column sampling, QR": ours(rotate=False, sketch="sampling"),
-            "eigh of Gram": lambda matrix=A, r=rank: gram_basis(matrix, r).basis,
-            "torch.svd_lowrank niter=1": lambda matrix=A, r=rank: svd_lowrank(matrix, r, 1),
-            "torch.svd_lowrank niter=2": lambda matrix=A, r=rank: svd_lowrank(matrix, r, 2),
-            "torch.linalg.svd": lambda matrix=A, r=rank: torch.linalg.svd(matrix, full_matrices=False)[0][:, :r],
-        }
-        if importlib.util.find_spec("sklearn"):
-            from sklearn.utils.extmath import randomized_svd as sklearn_svd
-
-            def sklearn(n_iter: int, p: int, matrix: Tensor = A, r: int = rank) -> Callable[[], Tensor]:
-                return lambda: torch.from_numpy(
-                    sklearn_svd(matrix.numpy(), r, n_iter=n_iter, n_oversamples=p, random_state=0)[0].copy()
-                )
-
-            methods["sklearn n_iter=1, p=0"] = sklearn(1, 0)
-            methods["sklearn defaults"] = sklearn(4, 10)
+        finders = fixed_rank_finders(A, rank) | peers(A, rank)
+        methods = {name: finder for name in FIXED if callable(finder := finders[name])}
         rows = {
             name: {
-                "units": statistics.median(ratios),
-                "least": min(ratios),
+                "units": statistics.median(timings.units),
+                "least": min(timings.units),
                 "energy_of_optimum": captured_energy(A, methods[name]()).item() / best,
             }
-            for name, ratios in in_units(A, rank, methods, args.rounds).items()
+            for name, timings in in_units(methods, projection(A, rank), args.rounds).items()
         }
         result[f"{m}x{n}"] = rows
         print(f"\n{m}x{n}, rank {rank}: units, energy relative to the optimum")
@@ -165,7 +110,8 @@ def measure_adaptive(args: argparse.Namespace) -> dict[str, Any]:
                 "fixed, rotation": lambda matrix=A, r=rank: range_finder(matrix, r, generator=seeded_generator(0)),
                 **{name: adaptive(name) for name in ("sketch", "householder", "householder_left", "gram_schmidt")},
             }
-            ratios = in_units(A, rank, methods, args.rounds)
+            timings = in_units(methods, projection(A, rank), args.rounds)
+            ratios = {name: timing.units for name, timing in timings.items()}
             fixed = ratios.pop("fixed, rotation")
             rows: dict[str, Any] = {"fixed, rotation": {"units": statistics.median(fixed)}}
             for name, mine in ratios.items():
@@ -333,11 +279,11 @@ def measure_gradients(args: argparse.Namespace) -> dict[str, Any]:
             failed += not (unchecked.isfinite().all() and orthogonality_error(unchecked) < 5e-6)
             for share in (0.9, 0.95, 0.99):
                 rtol = math.sqrt(1 - share)
-                took, found = seconds(
+                took, found = THREAD.seconds(
                     lambda G=G, i=i, rtol=rtol: adaptive_range_finder(G, rtol=rtol, generator=seeded_generator(i))
                 )
                 optimum = int(rank_for_energy(G.double(), share))
-                fixed, _ = seconds(lambda G=G, k=optimum, i=i: range_finder(G, k, generator=seeded_generator(i)))
+                fixed, _ = THREAD.seconds(lambda G=G, k=optimum, i=i: range_finder(G, k, generator=seeded_generator(i)))
                 ratios.append(took / fixed)
                 ranks.setdefault(str(share), []).append(found.rank / optimum)
                 Q = found.basis().double()
@@ -358,12 +304,6 @@ def measure_gradients(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def shape(text: str) -> tuple[int, int]:
-    """MxN as two numbers."""
-    m, _, n = text.partition("x")
-    return int(m), int(n)
-
-
 def main() -> None:
     measures = {
         "fixed": measure_fixed,
@@ -374,7 +314,7 @@ def main() -> None:
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=tuple(measures))
-    parser.add_argument("--shapes", type=shape, nargs="+", default=[(512, 512), (1024, 2736), (2048, 2048)])
+    parser.add_argument("--shapes", type=parse_size, nargs="+", default=[(512, 512), (1024, 2736), (2048, 2048)])
     parser.add_argument("--rounds", type=int, default=5, help="rounds after the first, which warms up")
     parser.add_argument("--matrices", type=int, default=1000, help="random matrices (promise)")
     parser.add_argument(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 #: Modules of this folder, one a command: add_command(commands, parser_class) and run(arguments) -> exit status.
-_COMMANDS = ("pretrain", "sweep", "methods")
+_COMMANDS = ("pretrain", "sweep", "spectrum", "methods", "bench")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,7 +66,9 @@ def _parser() -> ArgumentParser:
             if unknown:
                 name = unknown[1] or unknown[3]
                 command = f"{command} {unknown[2]}" if unknown[2] else command
-                close = difflib.get_close_matches(name, settings, n=1)
+                # The parser that stumbles over an argument is the one of the command.
+                known = settings if unknown[3] else [action.dest for action in self._actions]
+                close = difflib.get_close_matches(name, known, n=1)
                 message = f"unknown setting {name!r}.{f' Did you mean {close[0]!r}?' if close else ''}"
             self.exit(2, f"error: {message}\nAll settings: {command} --help\n")
             raise AssertionError("exit does not return")
