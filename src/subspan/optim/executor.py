@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from subspan.optim.late import Folded, basis_from_sketch, fold, nonfinite_folded
 from subspan.optim.matrix import oriented, write_back
 from subspan.optim.method import Found, State, Step
 from subspan.optim.screen import nonfinite_gradients, nonfinite_projections
+from subspan.optim.slots import GradientSlots
 from subspan.optim.stored import StoredOptimizer
 from subspan.optim.transport import resized
 from subspan.state import StateSpec
@@ -31,6 +32,7 @@ class Executor(StoredOptimizer):
     _warned: set[str]
     _folded: dict[str, Folded]
     _stepped: dict[str, Tensor]
+    _slots: dict[str, GradientSlots]
     _fusion: BackwardFusion | None
 
     @torch.no_grad()
@@ -60,6 +62,7 @@ class Executor(StoredOptimizer):
         return loss
 
     def _step(self) -> None:
+        self._take_slots()
         work = [
             self._look(name, parameter, group)
             for group in self.param_groups
@@ -86,6 +89,7 @@ class Executor(StoredOptimizer):
             self._refresh_late(item)
         self._folded.clear()
         self._stepped.clear()
+        self._arm_slots([item.name for item in good if item.name in self._slots])
 
     def _look(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Work:
         """What there is to do for one parameter; changes nothing."""
@@ -185,7 +189,7 @@ class Executor(StoredOptimizer):
         Omega = None
         if step >= int(state["next_refresh"]):
             if geometry.projected and self.method.subspace.at(step, group).sees == "sketch":
-                if refreshes == 0 and before is None:
+                if refreshes == 0 and before is None and name not in self._slots:  # else it has been armed with one
                     random_start(state, geometry, self.seed, name)
                     state["turned"].fill_(1)
                 Omega = test_matrix(geometry, self.seed, name, refreshes, G)
@@ -198,6 +202,47 @@ class Executor(StoredOptimizer):
             self._folded[name] = folded
         else:
             before.add(folded)
+
+    def _take_slots(self) -> None:
+        """Add what layers have left in slots to what was folded."""
+        for name, slots in self._slots.items():
+            if (left := slots.take()) is not None:
+                if name in self._folded:
+                    self._folded[name].add(left)
+                else:
+                    self._folded[name] = left
+
+    @torch.no_grad()
+    def _arm_slots(self, names: Collection[str]) -> None:
+        """Give slots the basis and the test matrix of the next step; a subspace without a gradient is found now."""
+        if not names:
+            return
+        for group in self.param_groups:
+            for name, parameter in self._named(group):
+                if name in names:
+                    self._arm(name, parameter, group)
+
+    def _arm(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
+        state, slots = self._ensure_state(name, parameter, group), self._slots[name]
+        geometry = self._geometry(name, parameter, group, state)
+        assert geometry is not None and self.method.subspace is not None
+        slots.test_matrix = None
+        step, refreshes = int(state["step"]), int(state["refreshes"])
+        if step >= int(state["next_refresh"]):
+            shape = oriented(parameter, self._right(parameter, group))
+            if self.method.subspace.at(step, group).sees == "sketch":
+                if refreshes == 0:
+                    random_start(state, geometry, self.seed, name)
+                    state["turned"].fill_(1)
+                slots.test_matrix = test_matrix(geometry, self.seed, name, refreshes, shape)
+            else:
+                self._refresh(name, parameter, shape, group, step)
+                if "turned" in state:
+                    state["turned"].fill_(1)
+        slots.basis = state["basis"]
+
+    def _loaded(self) -> None:
+        self._arm_slots(self._slots.keys())
 
     def _refresh_late(self, work: Work) -> None:
         """After a step: the subspace that the sketch of its gradients tells, for the next one."""

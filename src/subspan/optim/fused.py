@@ -9,6 +9,9 @@ from weakref import WeakMethod, ref
 import torch
 from torch import Tensor
 
+# Attribute of a parameter: weak reference to the optimizer that takes its gradients.
+_TAKER = "_subspan_gradient_taker"
+
 Named = Iterable[tuple[str, Tensor, dict[str, Any]]]
 
 
@@ -21,7 +24,7 @@ class BackwardFusion:
         optimizer: for what GradScaler leaves on it.
 
     Raises:
-        RuntimeError: more than one process.
+        RuntimeError: more than one process, or another optimizer that takes the same gradients.
     """
 
     def __init__(
@@ -46,16 +49,18 @@ class BackwardFusion:
             if bound is not None:
                 bound[1].remove()
             if parameter.requires_grad and parameter.numel() > 0:
+                taker = getattr(parameter, _TAKER, None)
+                if taker is not None and taker() not in (None, self._optimizer()):
+                    raise RuntimeError(f"{name}: another optimizer takes this gradient in backward; one of them can")
+                setattr(parameter, _TAKER, self._optimizer)
                 hook = parameter.register_post_accumulate_grad_hook(self._hook(name, group))
                 self._hooks[name] = (parameter, hook)
 
     def _hook(self, name: str, group: dict[str, Any]) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
             take = self._take()
-            if take is None:
+            if take is None or parameter.grad is None:  # compiled graphs run hooks of weights without a gradient too
                 return
-            if parameter.grad is None:
-                raise RuntimeError(f"{name}: another optimizer has taken this gradient; fuse one of them into backward")
             with torch.no_grad(), without_autocast(parameter.device):
                 take(name, parameter, group)
             parameter.grad = None

@@ -37,12 +37,19 @@ class Folded:
         sketch: Y (..., m, r), the same; None where no refresh is due.
         squared_norm: ‖G‖²_F of the last gradient, 0-D float64; infinite or NaN where it cannot be squared.
         count: number of gradients.
+        whole: False where G was never formed: ``squared_norm`` is then ‖R‖²_F.
     """
 
     projected: Tensor
     sketch: Tensor | None
     squared_norm: Tensor
     count: int = 1
+    whole: bool = True
+
+    @property
+    def norm_is_known(self) -> bool:
+        """Whether `norm_squared` is that of the gradient."""
+        return self.whole and self.count == 1
 
     def add(self, other: Folded) -> None:
         """Add what another gradient left."""
@@ -52,10 +59,11 @@ class Folded:
         # NaN and infinity stay: what follows them is finite again, the sum is not.
         self.squared_norm = other.squared_norm + 0 * self.squared_norm
         self.count += other.count
+        self.whole = self.whole and other.whole
 
     def norm_squared(self) -> Tensor:
-        """‖G‖² of the one gradient, or ‖R‖² where several were added up, 0-D float64."""
-        if self.count == 1:
+        """‖G‖² of the one gradient, or ‖R‖² where several were added up or none was formed, 0-D float64."""
+        if self.norm_is_known:
             return self.squared_norm
         return torch.linalg.vector_norm(self.projected, dtype=torch.float64).square()
 

@@ -18,6 +18,7 @@ from subspan.optim.late import Folded
 from subspan.optim.method import Method, Roster
 from subspan.optim.param_groups import GROUPING, param_groups
 from subspan.optim.screen import nonfinite_gradients
+from subspan.optim.slots import GradientSlots
 
 
 class GradNorm(NamedTuple):
@@ -82,6 +83,7 @@ class LowRankOptimizer(Executor):
         self._cached_roster: Roster | None = None
         self._folded: dict[str, Folded] = {}
         self._stepped: dict[str, Tensor] = {}
+        self._slots: dict[str, GradientSlots] = {}
         self._fusion: BackwardFusion | None = None
         super().__init__(params, defaults)
         if method.projects and not any(is_projected(group) for group in self.param_groups):
@@ -131,6 +133,36 @@ class LowRankOptimizer(Executor):
                     state["turned"] = torch.ones((), dtype=torch.int64)
         self._fusion = BackwardFusion(self, self._projected, self._fold)
 
+    def attach_slots(self, name: str) -> GradientSlots | None:
+        """Slots in which a layer leaves the projected gradient of the parameter ``name`` in place of its gradient.
+
+        `subspan.nn.project_gradients` calls it. The slots are armed with the basis in force, and, where a refresh is
+        due, with the test matrix of its sketch, here, after every step, and when a state is loaded.
+
+        Returns:
+            The slots; None where the rank has reached the side, so that there is nothing to project.
+
+        Raises:
+            ValueError: no projected parameter of this name, or a method that needs the gradient itself.
+        """
+        if not self.folds:
+            raise ValueError(
+                f"{self.method.name} needs the gradients themselves, so they have to be formed; use GaLore or GoLore"
+            )
+        self.fuse_into_backward()
+        entry = next((item for item in self._projected() if item[0] == name), None)
+        if entry is None:
+            raise ValueError(f"{name!r} is no projected parameter of this optimizer")
+        _, parameter, group = entry
+        state = self._ensure_state(name, parameter, group)
+        geometry = self._geometry(name, parameter, group, state)
+        assert geometry is not None
+        if not geometry.projected or geometry.batch:
+            return None
+        self._slots[name] = GradientSlots(geometry, state["basis"], self._right(parameter, group))
+        self._arm_slots([name])
+        return self._slots[name]
+
     @property
     def folds(self) -> bool:
         """Whether `fuse_into_backward` folds gradients; else it updates inside backward."""
@@ -160,6 +192,8 @@ class LowRankOptimizer(Executor):
         tensors = [parameter.grad for parameter in self._with_grad()]
         for item in self._folded.values():
             tensors += [item.projected, item.sketch]
+        for slots in self._slots.values():
+            tensors += [slots.projected.grad, slots.sketch.grad]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
     def _everything(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
@@ -195,13 +229,14 @@ class LowRankOptimizer(Executor):
         """Norm of all gradients since the last step, wherever they are: in ``.grad``, folded, or used already.
 
         Returns:
-            The norm, and whether it is that of the gradients themselves: several gradients that were folded one by one
-            are known in their subspaces alone.
+            The norm, and whether it is that of the gradients themselves: several gradients that were folded one by
+            one, and those that were never formed, are known in their subspaces alone.
         """
+        self._take_slots()
         squares = [torch.linalg.vector_norm(p.grad, dtype=torch.float32).double().square() for p in self._with_grad()]
         squares += [item.norm_squared() for item in self._folded.values()]
         squares += self._stepped.values()
-        exact = all(item.count == 1 for item in self._folded.values())
+        exact = all(item.norm_is_known for item in self._folded.values())
         total = torch.stack([square.cpu() for square in squares]).sum() if squares else torch.zeros(())
         return GradNorm(float(total.sqrt()), exact)
 
@@ -236,5 +271,7 @@ class LowRankOptimizer(Executor):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, folded ones too."""
         self._folded.clear()
+        for slots in self._slots.values():
+            slots.clear()
         self._stepped.clear()
         super().zero_grad(set_to_none)

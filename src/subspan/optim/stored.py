@@ -87,11 +87,15 @@ class StoredOptimizer(DeclaredOptimizer):
             self.seed = origin["seed"]
             self.skipped_steps = origin["skipped_steps"]
         self.__setstate__({"state": state, "param_groups": groups})
+        self._loaded()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _loaded(self) -> None:
+        """Called when a state has replaced the one before."""
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("method", "seed", "nonfinite", "skipped_steps", "_warned", "_bound", "_cached_roster")
         # Hooks belong to the parameters; what was folded is no state.
-        nothing: dict[str, Any] = {"_folded": {}, "_stepped": {}, "_fusion": None}
+        nothing: dict[str, Any] = {"_folded": {}, "_stepped": {}, "_slots": {}, "_fusion": None}
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}, **nothing}

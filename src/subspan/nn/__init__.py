@@ -1,0 +1,5 @@
+"""Layers whose gradients, weights or activations are of low rank."""
+
+from subspan.nn.projected import ProjectedConv1D, ProjectedLinear, project_gradients
+
+__all__ = ["ProjectedConv1D", "ProjectedLinear", "project_gradients"]

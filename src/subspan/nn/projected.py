@@ -1,0 +1,165 @@
+"""Linear layers whose weight gradient is never formed: backward computes its projection.
+
+For y = xWᵀ + b with x (b, in) and dY (b, out) the gradient of W is G = dYᵀx. A step needs R = QᵀG, a refresh the
+sketch GΩ. Both are products of thin matrices: with the output side projected R = (dY·Q)ᵀx and GΩ = dYᵀ(xΩ), with the
+input side R = (xQ)ᵀdY and GᵀΩ = xᵀ(dY·Ω). That saves the product dYᵀx, a third of a layer's work, and the gradient's
+memory. With the input side projected, xQ (b, r) is kept for backward instead of x (b, in) while no refresh is due.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subspan.optim import LowRankOptimizer
+from subspan.optim.names import canonical_name
+from subspan.optim.slots import GradientSlots
+
+__all__ = ["ProjectedConv1D", "ProjectedLinear", "project_gradients"]
+
+
+def project_gradients(model: nn.Module, optimizer: LowRankOptimizer) -> list[str]:
+    """Let the linear layers of a model compute projected gradients in place of whole ones.
+
+    ``nn.Linear`` and the ``Conv1D`` of Hugging Face whose weights ``optimizer`` projects become `ProjectedLinear` and
+    `ProjectedConv1D`, in place: parameters, names and ``state_dict`` stay as they are. Other projected parameters
+    (experts, convolutions, subclasses with a forward of their own) are folded as `fuse_into_backward` does, which this
+    calls. Accumulation, checkpointing, autocast and ``torch.compile`` work as ever (compile with ``stagger=False``: a
+    refresh changes the graph of its layer). Clip with ``optimizer.clip_grad_norm_``: the norm is that of the
+    projections.
+
+    Args:
+        model: the model whose parameters the optimizer holds.
+        optimizer: GaLore or GoLore; their refreshes become late ones.
+
+    Returns:
+        Names of the weights whose gradients are not formed any more.
+
+    Raises:
+        ValueError: a method that needs the gradients, or no layer that can be converted.
+        RuntimeError: more than one process.
+
+    Example:
+        >>> from subspan.optim import GaLore
+        >>> model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32))
+        >>> optimizer = GaLore(model, rank=4)
+        >>> project_gradients(model, optimizer)
+        ['0.weight', '2.weight']
+        >>> model(torch.randn(8, 32)).square().mean().backward()
+        >>> model[0].weight.grad is None
+        True
+        >>> optimizer.step()
+
+    Source: the projected activations are those of CompAct, arXiv 2410.15352; the cost of 4bmn is that of GoLore's
+    ReLoRA-like implementation, arXiv 2410.11289.
+    """
+    projected = {row.name for row in optimizer.rows() if row.rank is not None and row.trainable}
+    converted = []
+    for prefix, module in model.named_modules():
+        name = canonical_name(f"{prefix}.weight" if prefix else "weight")
+        kind = _KINDS.get(type(module)) or (ProjectedConv1D if _is_conv1d(module) else None)
+        if kind is None or name not in projected or isinstance(module, (ProjectedLinear, ProjectedConv1D)):
+            continue
+        slots = optimizer.attach_slots(name)
+        if slots is not None:
+            module.gradient_slots = slots
+            module.__class__ = kind
+            converted.append(name)
+    if not converted:
+        raise ValueError(
+            f"{type(model).__name__} has no nn.Linear or Conv1D whose weight {type(optimizer).__name__} projects below "
+            "full rank: pass the model that the optimizer was built for, or a lower rank"
+        )
+    return converted
+
+
+class ProjectedLinear(nn.Linear):
+    """A linear layer that leaves QᵀG in slots of the optimizer; made by `project_gradients`."""
+
+    gradient_slots: GradientSlots
+
+    def forward(self, input: Tensor) -> Tensor:
+        """xWᵀ + b."""
+        if not torch.is_grad_enabled():
+            return super().forward(input)
+        return _apply(input, self.weight, self.bias, self.gradient_slots, self.gradient_slots.right)
+
+
+class ProjectedConv1D(nn.Module):
+    """Hugging Face's ``Conv1D``, a linear layer with the weight transposed, in the same way."""
+
+    gradient_slots: GradientSlots
+    weight: Tensor
+    bias: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The product xW + b."""
+        weight = self.weight.mT
+        if not torch.is_grad_enabled():
+            return nn.functional.linear(input, weight, self.bias)
+        return _apply(input, weight, self.bias, self.gradient_slots, not self.gradient_slots.right)
+
+
+_KINDS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: ProjectedLinear}
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
+
+
+def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, slots: GradientSlots, input_side: bool) -> Tensor:
+    device = x.device.type
+    # Without a graph to the weight: its gradient goes to the slots alone.
+    weight = weight.detach()
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    with torch.autocast(device, enabled=False):
+        return _ProjectedProduct.apply(  # type: ignore[no-any-return]
+            x, weight, bias, slots.basis, slots.test_matrix, slots.projected, slots.sketch, input_side
+        )
+
+
+class _ProjectedProduct(torch.autograd.Function):
+    """xWᵀ + b whose backward gives R to one leaf, and the sketch to another."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        basis: Tensor,
+        test_matrix: Tensor | None,
+        projected: Tensor,
+        sketch: Tensor,
+        input_side: bool,
+    ) -> Tensor:
+        ctx.input_side, ctx.has_bias = input_side, bias is not None
+        basis = basis.to(x.dtype)
+        if input_side and test_matrix is None:
+            ctx.save_for_backward(x @ basis, weight, None, None)
+        else:
+            ctx.save_for_backward(x, weight, basis, test_matrix)
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        kept, weight, basis, test_matrix = ctx.saved_tensors
+        with torch.autocast(dY.device.type, enabled=False):
+            dX = dY @ weight if ctx.needs_input_grad[0] else None
+            rows = dY.reshape(-1, dY.shape[-1])
+            bias = rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+            x, sketch = kept.reshape(-1, kept.shape[-1]), None
+            if ctx.input_side:
+                R = (x if basis is None else x @ basis).mT @ rows
+                if test_matrix is not None:
+                    sketch = x.mT @ (rows @ test_matrix.to(rows.dtype))
+            else:
+                R = (rows @ basis).mT @ x
+                if test_matrix is not None:
+                    sketch = rows.mT @ (x @ test_matrix.to(x.dtype))
+        return dX, None, bias, None, None, R, sketch, None

@@ -1,0 +1,51 @@
+"""Where the backward pass of a layer leaves what an optimizer needs of a gradient that is never formed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from subspan.optim.late import Folded
+from subspan.optim.method import Geometry
+
+
+class GradientSlots:
+    """Two leaves of the graph whose ``.grad`` are R and Y: autograd itself adds up over micro-batches and uses.
+
+    The leaves are zeros without memory of their own.
+
+    Args:
+        geometry: of the oriented gradient G (m, n).
+        basis: Q (m, r), the optimizer's own tensor, which it changes in place.
+        right: whether the columns of the parameter are its projected side.
+
+    Attributes:
+        basis: Q.
+        test_matrix: Ω (n, r) while a refresh is due, else None.
+        projected: leaf (r, n) whose gradient is QᵀG.
+        sketch: leaf (m, r) whose gradient is GΩ.
+    """
+
+    def __init__(self, geometry: Geometry, basis: Tensor, right: bool) -> None:
+        self.basis, self.right = basis, right
+        self.test_matrix: Tensor | None = None
+        self.projected = _leaf(geometry.rank, geometry.n, basis)
+        self.sketch = _leaf(geometry.m, geometry.rank, basis)
+
+    def take(self) -> Folded | None:
+        """What backward has left since the last call, None if it did not run."""
+        R, Y = self.projected.grad, self.sketch.grad
+        self.clear()
+        if R is None:
+            return None
+        squared = torch.linalg.vector_norm(R).double().square()
+        return Folded(R, Y if self.test_matrix is not None else None, squared, whole=False)
+
+    def clear(self) -> None:
+        """Forget what backward has left."""
+        self.projected.grad = None
+        self.sketch.grad = None
+
+
+def _leaf(rows: int, columns: int, like: Tensor) -> Tensor:
+    return like.new_zeros(()).expand(rows, columns).requires_grad_()
