@@ -32,6 +32,19 @@ def test_a_fused_run_equals_one_with_late_refreshes(tmp_path: Path, max_grad_nor
     assert all(line["grad_norm_exact"] for line in metrics(tmp_path / "fused") if "grad_norm" in line)
 
 
+def test_a_projected_run_equals_a_fused_one(tmp_path: Path) -> None:
+    for gradient in ("fused", "projected"):
+        run(tmp_path, output=str(tmp_path / gradient), gradient=gradient, max_grad_norm=0.0)
+    one, other = weights(tmp_path / "fused"), weights(tmp_path / "projected")
+    assert one.keys() == other.keys()
+    assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-4
+
+
+def test_methods_that_need_gradients_cannot_project_them() -> None:
+    with pytest.raises(ValueError, match="gradient is 'projected', but the method 'apollo' needs"):
+        check_settings(PretrainConfig(method="apollo", gradient="projected", max_grad_norm=0))
+
+
 def test_accumulated_norms_are_said_to_be_those_of_projections(tmp_path: Path) -> None:
     run(tmp_path, gradient="fused", grad_accumulation=2)
     lines = [line for line in metrics(tmp_path / "run") if "grad_norm" in line]
@@ -45,6 +58,7 @@ def test_accumulated_norms_are_said_to_be_those_of_projections(tmp_path: Path) -
         {},
         {"dtype": "bfloat16", "rank": 4},
         {"method": "golore", "optimizer": {"golore_after": 6, "update_proj_gap": 5}},
+        {"gradient": "projected"},
         {"method": "fira", "max_grad_norm": 0.0},
         {"method": "adamw", "rank": None, "optimizer": {}, "max_grad_norm": 0.0},
     ],
@@ -55,7 +69,7 @@ def test_planned_gradients_are_those_that_are_measured(
 ) -> None:
     shown: list[Any] = []
     monkeypatch.setattr("subspan.train.pretrain.show_end", lambda *args: shown.extend(args[2:4]))
-    run(tmp_path, gradient="fused", **changes)
+    run(tmp_path, **({"gradient": "fused"} | changes))
     planned, measured = shown
     assert planned == measured
     full = sum(tensor.numel() * tensor.itemsize for tensor in weights(tmp_path / "run").values())
@@ -73,5 +87,5 @@ def test_updates_in_backward_cannot_be_clipped_or_accumulated(method: str) -> No
 
 
 def test_an_unknown_gradient_is_an_error() -> None:
-    with pytest.raises(ValueError, match="gradient is 'none'; it must be full or fused"):
+    with pytest.raises(ValueError, match="gradient is 'none'; it must be full, fused or projected"):
         PretrainConfig(gradient="none")  # type: ignore[arg-type]

@@ -57,7 +57,8 @@ class PretrainConfig:
         dtype: float32; bfloat16 (weights and gradients in bfloat16); or amp (float32 weights, bfloat16 arithmetic).
         gradient: full; or fused: each gradient is taken in backward and freed. GaLore and GoLore then keep its
             projection only, and accumulate and clip that; the other methods update the weights in backward, which
-            needs ``--max_grad_norm 0`` and no accumulation.
+            needs ``--max_grad_norm 0`` and no accumulation; or projected (GaLore, GoLore): linear layers compute the
+            projection alone, which saves time too.
         activation_checkpointing: Recompute activations in the backward pass: less memory, more time.
         eval_every: Steps between evaluations on the held-out text; 0 evaluates at the end only.
         eval_batches: Batches in an evaluation.
@@ -93,7 +94,7 @@ class PretrainConfig:
     grad_accumulation: int = 1
     seq_len: int = 128
     dtype: Literal["float32", "bfloat16", "amp"] = "float32"
-    gradient: Literal["full", "fused"] = "full"
+    gradient: Literal["full", "fused", "projected"] = "full"
     activation_checkpointing: bool = False
     eval_every: int = 200
     eval_batches: int = 40
@@ -124,7 +125,7 @@ class PretrainConfig:
         self._demand("validation", 0 < self.validation < 1, "between 0 and 1")
         self._demand("schedule", self.schedule in ("cosine", "linear", "constant"), "cosine, linear or constant")
         self._demand("dtype", self.dtype in ("float32", "bfloat16", "amp"), "float32, bfloat16 or amp")
-        self._demand("gradient", self.gradient in ("full", "fused"), "full or fused")
+        self._demand("gradient", self.gradient in ("full", "fused", "projected"), "full, fused or projected")
         self._demand("report_to", self.report_to in ("none", "tensorboard", "wandb"), "none, tensorboard or wandb")
 
     def _demand(self, name: str, good: bool, allowed: str) -> None:

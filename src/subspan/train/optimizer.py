@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from typing import Literal
 
 import torch
 from torch import nn
 
+from subspan.nn import project_gradients
 from subspan.optim import LowRankOptimizer, create_optimizer, method_info
 from subspan.train.config import PretrainConfig
 
@@ -56,9 +58,14 @@ def check_settings(config: PretrainConfig) -> None:
     Raises:
         ValueError: an unknown method or setting, or an impossible value.
     """
-    optimizer = build_optimizer(
-        nn.Linear(8, 8), dataclasses.replace(resolve(config, 8), target_modules="all-linear", exclude=[])
-    )
+    fused: Literal["full", "fused"] = "full" if config.gradient == "full" else "fused"
+    settings = dataclasses.replace(resolve(config, 8), target_modules="all-linear", exclude=[], gradient=fused)
+    optimizer = build_optimizer(nn.Linear(8, 8), settings)
+    if config.gradient == "projected" and not optimizer.folds:
+        raise ValueError(
+            f"gradient is 'projected', but the method {config.method!r} needs the gradients themselves: take galore or "
+            "golore, or --gradient fused."
+        )
     if config.gradient == "fused" and not optimizer.folds:
         for name, allowed in (("max_grad_norm", 0), ("grad_accumulation", 1)):
             if (value := getattr(config, name)) != allowed:
@@ -96,6 +103,8 @@ def build_optimizer(model: nn.Module, config: PretrainConfig) -> LowRankOptimize
         raise ValueError(f"optimizer: {error}") from error
     if config.gradient == "fused":
         optimizer.fuse_into_backward()
+    elif config.gradient == "projected":
+        project_gradients(model, optimizer)
     return optimizer
 
 

@@ -96,7 +96,7 @@ class PretrainTrainer(Trainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         if created:
             check_optimizer(optimizer, self.config, self.network)
-            if self.config.gradient == "fused":
+            if self.config.gradient != "full":
                 # The Trainer's own way to clip sees none of the gradients that were taken in backward.
                 self.accelerator.clip_grad_norm_ = self._clip_fused
         return optimizer
@@ -117,7 +117,7 @@ class PretrainTrainer(Trainer):
             logs["skipped_steps"] = self.low_rank_optimizer.skipped_steps
             if ranks := varying_ranks(self.low_rank_optimizer):
                 logs["mean_rank"] = statistics.fmean(ranks.values())
-            if self.config.gradient == "fused":
+            if self.config.gradient != "full":
                 logs["grad_norm_exact"] = self._norm_is_exact
         if "eval_loss" in logs:
             logs["eval_perplexity"] = perplexity(logs["eval_loss"])
