@@ -162,6 +162,7 @@ def test_a_planted_update(tmp_path: Path, dtype: torch.dtype) -> None:
     assert figures is not None
     assert (figures.rank_90, figures.rank_95, figures.rank_99) == (9, 10, 10)
     assert rows["a.w"].suggested_rank == 16
+    assert "Update of the weights since base" in out
     assert "Rank of a LoRA adapter: 16 " in out
     assert rows["new"].reason == "not in the base"
     assert rows["other"].reason == "of another shape in the base: (64, 96)"
@@ -191,6 +192,13 @@ def test_files_hold_what_was_found(tmp_path: Path) -> None:
     sigma = load_file(tmp_path / "out" / "weights.safetensors")
     torch.testing.assert_close(sigma[line["singular_values"]], slow(12).float())
     assert not list((tmp_path / "out").glob("*tmp*"))
+
+
+def test_a_model_with_a_config_of_something_else(tmp_path: Path) -> None:
+    folder = save(tmp_path, {"w": torch.randn(4, 4)})
+    (folder / "config.yaml").write_text("trainer: another\n")
+    result, _ = analyse(folder)
+    assert list(result.spectra) == ["weights"]
 
 
 def test_layers_choose(tmp_path: Path) -> None:
@@ -280,6 +288,9 @@ def broken(folder: Path, case: str) -> Path:
     elif case == "a shard elsewhere":
         index = {"weight_map": {"w": "../secret.safetensors"}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    elif case == "two models":
+        for name in ("a", "b"):
+            (folder / f"{name}.safetensors.index.json").write_text("{}")
     elif case == "no index":
         (folder / "model.safetensors.index.json").write_text("[]")
     elif case == "nothing there":
@@ -300,6 +311,7 @@ def broken(folder: Path, case: str) -> Path:
         ("twice", "holds 'w' in two files"),
         ("a missing shard", "names '2.safetensors', which is not there"),
         ("a shard elsewhere", r"names '\.\./secret.safetensors', which is no file beside it"),
+        ("two models", r"holds more than one model \(a.safetensors.index.json, b.safetensors.index.json\)"),
         ("no index", "is not an index of safetensors files"),
         ("nothing there", "nowhere': no such file or folder; give a run folder"),
     ],

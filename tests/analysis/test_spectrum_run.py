@@ -22,7 +22,7 @@ from subspan.analysis.spectrum_sources import Source, find_source
 from subspan.linalg import exact_basis, rank_for_energy, seeded_generator, subspace_overlap
 from subspan.train.config import PretrainConfig
 from subspan.train.data import PackedDataset
-from tests.train.micro import metrics, run
+from tests.train.micro import metrics, run, write_model, write_text_file
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 
@@ -120,6 +120,21 @@ def test_repeating_from_the_beginning(source: Source, config: PretrainConfig, fo
     assert repeated_gradients(source, config, 11, 5, visit) == 0
     logged = {line["step"] - 1: line["grad_norm"] for line in metrics(folder) if "grad_norm" in line}
     assert norms == pytest.approx({step: logged[step] for step in (0, 5, 10)}, rel=1e-5)
+
+
+def test_repeating_a_run_with_experts(tmp_path: Path) -> None:
+    # Files hold experts one by one and the model holds them as stacks, under other names.
+    write_model(tmp_path, model_type="mixtral", architectures=["MixtralForCausalLM"], num_local_experts=2)
+    write_text_file(tmp_path)
+    run(tmp_path, steps=4, save_every=2, keep_checkpoints=2)
+    source = find_source(str(tmp_path / "run"))
+    config = source.config()
+    assert config is not None
+    last: dict[str, Tensor] = {}
+    assert repeated_gradients(source, config, 2, 1, lambda sample: last.update(sample.parameters)) == 2
+    assert {tensor.ndim for name, tensor in last.items() if "experts" in name} == {3}
+    end = AutoModelForCausalLM.from_pretrained(source.checkpoints[-1].path)
+    assert all(torch.equal(tensor, last[name]) for name, tensor in end.named_parameters())
 
 
 @pytest.mark.parametrize(("given", "steps", "message"), [

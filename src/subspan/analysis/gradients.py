@@ -147,13 +147,12 @@ def repeated_gradients(
         ValueError: the run has not so many steps left.
     """
     start = _start(source, config, steps)
+    # A model that is loaded from the checkpoint has its experts as transformers fuses them; resuming alone does not.
+    model_path = str(start.path) if start else config.model
+    tokenizer = str(source.checkpoints[-1].path)
+    settings = dataclasses.replace(config, model=model_path, tokenizer=tokenizer, report_to="none", resume="none")
     quiet = Console(file=io.StringIO())
     with tempfile.TemporaryDirectory() as scratch:
-        settings = dataclasses.replace(
-            config, eval_every=config.steps + 1, save_every=config.steps + 1, report_to="none", resume="none"
-        )
-        tokenizer = str(source.checkpoints[-1].path)
-        settings = dataclasses.replace(settings, tokenizer=tokenizer, model=str(start.path) if start else config.model)
         try:
             data, model = load_run(settings, quiet)
             _check(source, config, data)

@@ -136,6 +136,7 @@ class Spectra:
         rows: in the order in which they were added.
         singular_values: descending, by ``row.key``.
         projected: names of the tensors that the run projects, where that is known.
+        base: what an update is counted from.
     """
 
     def __init__(self, what: str, rank: int | None = None, *, overlaps: bool = False) -> None:
@@ -144,6 +145,7 @@ class Spectra:
         self.rows: list[SpectrumRow] = []
         self.singular_values: dict[str, Tensor] = {}
         self.projected: frozenset[str] | None = None
+        self.base = ""
         self._overlaps = overlaps
         # What was there before: by tensor, matrix in the stack, and batch.
         self._bases: dict[tuple[str, int | None, int | None], Tensor] = {}
@@ -168,8 +170,8 @@ class Spectra:
 
     def _analyse(self, row: SpectrumRow, matrix: Tensor) -> None:
         row.rank = max(1, row.short_side // 4) if self.rank is None else min(self.rank, row.short_side)
-        if torch.cuda.is_available():
-            matrix = matrix.cuda()
+        # Other devices than CUDA's have no float64.
+        matrix = matrix.cuda() if torch.cuda.is_available() else matrix.cpu()
         low, high = matrix.aminmax()
         if not (low.isfinite() and high.isfinite()):
             row.reason = "not finite: it holds NaN or Inf"

@@ -71,7 +71,8 @@ def spectrum(settings: SpectrumSettings, *, console: Console | None = None) -> S
     base = find_source(settings.base) if settings.base is not None else None
     if base is not None and len(base.checkpoints) > 1:
         raise ValueError(f"base {settings.base!r} has {len(base.checkpoints)} checkpoints; give one of them.")
-    wanted = _wanted(settings.layers, source.checkpoints)
+    # A model may call its parameters otherwise than its files do.
+    wanted = _wanted(settings.layers, source.checkpoints) if quantities != ["gradients"] else []
     output = output_folder(settings.output, source)
     _describe(console, source, output)
 
@@ -86,13 +87,7 @@ def spectrum(settings: SpectrumSettings, *, console: Console | None = None) -> S
         transient=True,
         disable=not console.is_terminal,
     ) as progress:
-        if "weights" in quantities:
-            names = progress.track(wanted, description="weights")
-            spectra["weights"] = weight_spectra(names, source.checkpoints, rank)
-        if "update" in quantities:
-            first, *later = source.checkpoints if base is None else [*base.checkpoints, *source.checkpoints]
-            names = progress.track(wanted, description="update")
-            spectra["update"] = update_spectra(names, first, later, rank)
+        # First, so that data which is gone is found out at once.
         if "gradients" in quantities:
             assert config is not None
             task = progress.add_task("gradients", total=_samples(settings, source))
@@ -101,6 +96,14 @@ def spectrum(settings: SpectrumSettings, *, console: Console | None = None) -> S
             spectra["gradients"] = collector.spectra
             if settings.save_gradients is not None:
                 write_gradients(Path(settings.save_gradients).expanduser(), collector.last, collector.step)
+        if "weights" in quantities:
+            names = progress.track(wanted, description="weights")
+            spectra["weights"] = weight_spectra(names, source.checkpoints, rank)
+        if "update" in quantities:
+            first, *later = source.checkpoints if base is None else [*base.checkpoints, *source.checkpoints]
+            names = progress.track(wanted, description="update")
+            spectra["update"] = update_spectra(names, first, later, rank)
+    spectra = {what: spectra[what] for what in quantities}
     for found in spectra.values():
         found.suggest()
         show(console, found, full=settings.full)

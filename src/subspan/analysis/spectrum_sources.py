@@ -108,7 +108,7 @@ def find_source(given: str) -> Source:
         whole = sorted((step, folder) for step, folder in found if not is_run or (folder / PROGRESS_FILE).is_file())
         if whole:
             return Source(path, [Checkpoint(folder, step) for step, folder in whole], path if is_run else None, is_run)
-        if is_run:
+        if is_run and not any(path.glob("*.safetensors")):
             raise ValueError(
                 f"the run in {given!r} has no checkpoint yet; wait for the first, or save more often (--save_every)."
             )
@@ -124,8 +124,12 @@ def _weight_files(path: Path) -> list[Path]:
         if path.suffix != ".safetensors":
             raise ValueError(f"{str(path)!r} is no .safetensors file; {_ALLOWED}.")
         return [path]
-    if index := sorted(path.glob(f"*{_INDEX}")):
-        return _shards(index[0])
+    if indexes := sorted(path.glob(f"*{_INDEX}")):
+        main = path / f"model{_INDEX}"
+        if main not in indexes and len(indexes) > 1:
+            names = ", ".join(index.name for index in indexes)
+            raise ValueError(f"{str(path)!r} holds more than one model ({names}); put one of them into a folder alone.")
+        return _shards(main if main in indexes else indexes[0])
     files = sorted(path.glob("*.safetensors"))
     if not files:
         if pickles := sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES):

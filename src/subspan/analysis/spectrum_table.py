@@ -13,11 +13,6 @@ from subspan.analysis.spectrum_rows import EXPECTED, Spectra, SpectrumRow
 
 __all__ = ["by_kind", "short_labels", "show"]
 
-_TITLES = {
-    "weights": "Weights",
-    "update": "Accumulated update of the weights",
-    "gradients": "Gradients",
-}
 
 _WIDEST = 240
 
@@ -84,10 +79,10 @@ def _figure(name: str) -> Callable[[SpectrumRow], float | None]:
 def _summary(spectra: Spectra, analysed: list[SpectrumRow]) -> Table:
     steps = sorted({row.step or 0 for row in analysed})
     batches = {row.batch for row in analysed}
-    times = f"at step {steps[-1]}" if steps[-1] else ""
+    times = f" at step {steps[-1]}" if steps[-1] else ""
     since = f", of {len(steps)} points in time from step {steps[0]}" if len(steps) > 1 else ""
     # No wider than 80 columns, what every terminal has; the effective rank and the norms are in the full table.
-    table = Table(title=f"{_TITLES[spectra.what]} {times}{since}", title_justify="left", box=None, pad_edge=False)
+    table = Table(title=f"{_title(spectra)}{times}{since}", title_justify="left", box=None, pad_edge=False)
     table.padding = (0, 1, 0, 0)
     table.header_style = table.title_style = "bold"
     compared = any(row.overlap is not None for row in analysed)
@@ -134,7 +129,7 @@ def _summary(spectra: Spectra, analysed: list[SpectrumRow]) -> Table:
 
 
 def _full(spectra: Spectra, analysed: list[SpectrumRow]) -> Table:
-    table = Table(title=_TITLES[spectra.what], title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table = Table(title=_title(spectra), title_justify="left", box=None, pad_edge=False, header_style="bold")
     columns: dict[str, Callable[[SpectrumRow], str]] = {
         "tensor": lambda row: row.name.removesuffix(".weight") + ("" if row.member is None else f"[{row.member}]"),
         "step": lambda row: number(row.step, "d"),
@@ -160,6 +155,11 @@ def _full(spectra: Spectra, analysed: list[SpectrumRow]) -> Table:
     return table
 
 
+def _title(spectra: Spectra) -> str:
+    since = f" of the weights since {escape(spectra.base)}" if spectra.base else ""
+    return f"{spectra.what.capitalize()}{since}"
+
+
 def _suggestions(what: str, analysed: list[SpectrumRow]) -> list[str]:
     """What the ranks come to for the whole model."""
     suggested = {row.name: row for row in analysed if row.suggested_rank is not None and row.projected is not False}
@@ -181,8 +181,9 @@ def _suggestions(what: str, analysed: list[SpectrumRow]) -> list[str]:
         )
     ]
     middle = statistics.median(energy for energy, _ in energies)
+    r = f"r = {where.rank}" if len({row.rank for _, row in energies}) == 1 else "r"
     lines.append(
-        f"r = {where.rank} holds {middle:.1%} of the energy in the median and {least:.1%} at least ({where.name})."
+        f"{r} holds {100 * middle:.1f} % of the energy in the median, and {100 * least:.1f} % at least ({where.name})."
     )
     return lines
 

@@ -47,6 +47,7 @@ def update_spectra(names: Iterable[str], base: Checkpoint, checkpoints: list[Che
         ValueError: no tensor is in the base and in a checkpoint.
     """
     spectra = Spectra("update", rank, overlaps=len(checkpoints) > 1)
+    spectra.base = base.path.name
     common = False
     for name in names:
         for checkpoint in checkpoints:

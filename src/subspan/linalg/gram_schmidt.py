@@ -100,14 +100,14 @@ def vector_by_vector(problem: FixedPrecision) -> AdaptiveResult:
 
 def orthogonal_to(Q: Tensor, block: Tensor) -> Tensor:
     """Orthonormal columns, orthogonal to Q, from the orthonormal columns of ``block``."""
-    if Q.shape[-1] == 0:
-        return block
-    enough = 2 * torch.finfo(block.dtype).eps
     for _ in range(_PASSES):
-        block = orthonormalize(block - Q @ (Q.mT @ block))
-        failed = (Q.mT @ block).abs().amax(dim=(-2, -1)) > enough
+        inside = Q.mT @ block
+        block = block - Q @ inside
+        # Projecting takes the square of a cosine from the length of a column, which is nothing once it is rounding.
+        failed = squared_frobenius(inside) > torch.finfo(block.dtype).eps
         if not bool(failed.any()):
             return block
+        block = orthonormalize(block)
     # Columns in the span of Q have nothing to be projected to. The reflectors of the zero columns in [Q 0] are
     # identities, so that their columns of the QR are some complement of Q.
     complement = orthonormalize(torch.cat([Q, torch.zeros_like(block)], dim=-1))[..., Q.shape[-1] :]

@@ -41,6 +41,8 @@ class FixedPrecision:
         dtype: type of the computation, float32 or float64.
         total: ‖sA‖²_F, shape (...), float64.
         target: square of the tolerance in the unit of sA, shape (...), float64.
+        trust: least squared residual that a difference of squared norms gives, shape (...), float64.
+        tight: whether a matrix has a tolerance below that.
 
     Raises:
         TypeError: if A is not a floating-point tensor or an operator.
@@ -78,6 +80,7 @@ class FixedPrecision:
         unit = self.scale[..., 0, 0].double()
         self.target = torch.maximum((atol or 0.0) * unit, (rtol or 0.0) * self.total.sqrt()).square()
         self.trust = _TRUST * torch.finfo(self.dtype).eps * self.total
+        self.tight = bool((self.target <= self.trust).any())
 
     def met(self, squared_error: Tensor) -> bool:
         """Whether no matrix of the batch is above its tolerance."""
