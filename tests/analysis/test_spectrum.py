@@ -128,4 +128,8 @@ def test_a_zero_matrix_has_no_figures() -> None:
     ],
 )
 def test_suggested_ranks(ranks: list[int], side: int, expected: int) -> None:
-    assert projection_rank(ranks, side) == lora_rank(ranks, side) == expected
+    assert projection_rank([ranks], side) == lora_rank(ranks, side) == expected
+
+
+def test_the_rank_for_gradients_is_the_largest_over_time() -> None:
+    assert projection_rank([[3, 100, 9], [20, 17, 1], [2]], 256) == 24

@@ -143,6 +143,7 @@ def test_checkpoints_are_points_in_time(tmp_path: Path) -> None:
     assert rows[0].overlap is None
     assert [row.overlap for row in rows[1:]] == pytest.approx([1, 0], abs=1e-5)
     assert len(result.spectra["weights"].rows) == 6
+    assert [line["step"] for line in lines(tmp_path / "spectrum") if line["name"] == "w"] == ["2", "5", "10"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -150,20 +150,22 @@ def spectrum_figures(singular_values: Tensor, rank: int) -> SpectrumFigures:
     )
 
 
-def projection_rank(ranks: Sequence[int], short_side: int) -> int:
-    """Rank to project gradients to: the median of the ranks for 95 % of their energy, as a multiple of 8.
+def projection_rank(ranks: Iterable[Sequence[int]], short_side: int) -> int:
+    """Rank to project gradients to: the largest over training of the ranks for 95 % of their energy, a multiple of 8.
 
-    Rounded up, and capped at half of the short side: beyond it a projection saves next to nothing.
+    At each point in time the median over the batches counts, so that an odd batch decides nothing, and of the points
+    in time the largest, since gradients gain directions as training goes on. The cap is half of the short side: beyond
+    it a projection saves next to nothing.
 
     Args:
-        ranks: `SpectrumFigures.rank_95` of the sampled gradients of one parameter.
+        ranks: `SpectrumFigures.rank_95` of the gradients of one parameter, those of each point in time together.
         short_side: min(m, n) of it.
 
     Example:
-        >>> projection_rank([30, 41, 35], short_side=256), projection_rank([200], short_side=256)
+        >>> projection_rank([[5, 90, 6], [30, 41, 35]], short_side=256), projection_rank([[200]], short_side=256)
         (40, 128)
     """
-    return _suggestion(ranks, short_side)
+    return _multiple(max(statistics.median(at_once) for at_once in ranks), short_side)
 
 
 def lora_rank(ranks: Sequence[int], short_side: int) -> int:
@@ -177,9 +179,8 @@ def lora_rank(ranks: Sequence[int], short_side: int) -> int:
         >>> lora_rank([13], short_side=256)
         16
     """
-    return _suggestion(ranks, short_side)
+    return _multiple(statistics.median(ranks), short_side)
 
 
-def _suggestion(ranks: Sequence[int], short_side: int) -> int:
-    wanted = math.ceil(math.ceil(statistics.median(ranks)) / _MULTIPLE) * _MULTIPLE
-    return min(wanted, max(1, short_side // 2))
+def _multiple(rank: float, short_side: int) -> int:
+    return min(math.ceil(math.ceil(rank) / _MULTIPLE) * _MULTIPLE, max(1, short_side // 2))

@@ -202,8 +202,11 @@ class Spectra:
                 by_name.setdefault(row.name, []).append(row)
         for rows in by_name.values():
             if self.what == "gradients":
-                ranks = [row.figures.rank_95 for row in rows if row.figures]
-                suggested = projection_rank(ranks, rows[0].short_side)
+                by_step: dict[int | None, list[int]] = {}
+                for row in rows:
+                    assert row.figures is not None
+                    by_step.setdefault(row.step, []).append(row.figures.rank_95)
+                suggested = projection_rank(by_step.values(), rows[0].short_side)
             elif self.what == "update":
                 last = rows[-1].step
                 ranks = [row.figures.rank_90 for row in rows if row.figures and row.step == last]
