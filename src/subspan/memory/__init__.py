@@ -1,5 +1,8 @@
-"""Planned and allocated bytes."""
+"""Planned, traced and allocated bytes."""
 
-from subspan.memory.plan import MemoryPlan, plan
+from subspan.memory.plan import MemoryPlan, PeakPlan, plan
+from subspan.memory.simulate import simulated
+from subspan.memory.trace import MemoryTrace
+from subspan.memory.training import trace_training
 
-__all__ = ["MemoryPlan", "plan"]
+__all__ = ["MemoryPlan", "MemoryTrace", "PeakPlan", "plan", "simulated", "trace_training"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from subspan.optim.method import Geometry, State
+from subspan.optim.tiling import on_host
 
 # Above this many elements a matrix is worked on alone: stacking copies its gradient, which on a CPU soon costs more
 # than the calls that it saves (measured: 128×128 gains, 256×256 loses). A device waits for its launches instead.
@@ -56,7 +57,7 @@ def buckets(tasks: Iterable[Task]) -> list[list[Task]]:
     for task in tasks:
         geometry, device = task.geometry, task.parameter.device
         elements = geometry.m * geometry.n
-        limit = _STACKABLE_CPU if device.type == "cpu" else _STACKABLE_DEVICE
+        limit = _STACKABLE_CPU if on_host(device) else _STACKABLE_DEVICE
         if geometry.batch or elements > limit or geometry.rank in (0, geometry.m):
             result.append([task])
             continue

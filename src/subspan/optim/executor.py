@@ -21,6 +21,7 @@ from subspan.optim.method import Found, State, Step
 from subspan.optim.screen import nonfinite_gradients, nonfinite_projections
 from subspan.optim.slots import GradientSlots
 from subspan.optim.stored import StoredOptimizer
+from subspan.optim.tiling import on_host
 from subspan.optim.transport import resized
 from subspan.state import StateSpec
 
@@ -106,7 +107,7 @@ class Executor(StoredOptimizer):
         """
         if work.name in self._folded:
             return True
-        if self.nonfinite == "raise" or work.parameter.device.type != "cpu" or work.due or work.geometry is None:
+        if self.nonfinite == "raise" or not on_host(work.parameter.device) or work.due or work.geometry is None:
             return False
         assert self.method.subspace is not None
         return work.geometry.projected and self.method.subspace.sees_all
@@ -172,7 +173,8 @@ class Executor(StoredOptimizer):
         R = self._folded[work.name].projected
         if "turned" in state and not int(state["turned"]):
             specs = self._specs(work.name, work.parameter, work.group, state)
-            R = turn(state, specs, R, self.method.transport, step)
+            # In place, since the turned ones of all matrices wait for their step together.
+            R.copy_(turn(state, specs, R, self.method.transport, step))
             state["turned"].fill_(1)
         age = self.method.transport.age(state, step + 1)
         return Task(work.name, work.parameter, work.gradient, work.group, work.geometry, right, age, state, R)
@@ -319,7 +321,7 @@ class Executor(StoredOptimizer):
         else:
             R = gather([task.projected for task in bucket if task.projected is not None])
         R = projection.without_round_off(R, geometry.m, first.parameter.dtype)
-        bad = nonfinite_projections(R, len(bucket)) if R.device.type == "cpu" else []
+        bad = nonfinite_projections(R, len(bucket)) if on_host(R.device) else []
         if bad:
             for position in bad:
                 self._skip(bucket[position].name)

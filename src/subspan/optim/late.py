@@ -76,7 +76,7 @@ class Folded:
 def fold(G: Tensor, projection: Projection, Omega: Tensor | None) -> Folded:
     """R, Y and ‖G‖² of one oriented gradient (..., m, n)."""
     R = projection.project(G)
-    if R.data_ptr() == G.data_ptr():
+    if R.untyped_storage()._cdata == G.untyped_storage()._cdata:
         R = R.clone()  # at full rank R is G, which is about to be freed or overwritten
     sketch = None if Omega is None else DenseOperator(G).matmul(Omega).to(R.dtype)
     return Folded(R, sketch, torch.linalg.vector_norm(G, dtype=R.dtype).double().square())

@@ -189,12 +189,17 @@ class LowRankOptimizer(Executor):
 
     def gradient_bytes(self) -> int:
         """Bytes of gradients that are allocated now, whole ones and what was folded of them."""
-        tensors = [parameter.grad for parameter in self._with_grad()]
+        tensors = [parameter.grad for parameter in self._with_grad()] + self.folded_tensors()
+        return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
+
+    def folded_tensors(self) -> list[Tensor]:
+        """What is held of gradients that are not in ``.grad``: projections and sketches, in no order."""
+        tensors: list[Tensor | None] = []
         for item in self._folded.values():
             tensors += [item.projected, item.sketch]
         for slots in self._slots.values():
             tensors += [slots.projected.grad, slots.sketch.grad]
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
+        return [tensor for tensor in tensors if tensor is not None]
 
     def _everything(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         for group in self.param_groups:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from subspan.linalg import DenseOperator
-from subspan.optim.tiling import Tile
+from subspan.optim.tiling import Tile, on_host
 
 
 class Projection(ABC):
@@ -86,7 +86,7 @@ class Orthonormal(Linear):
         root = math.sqrt(m)
         floor = max(torch.finfo(R.dtype).eps * root, 2.0 * torch.finfo(dtype).eps / root)
         norms = torch.linalg.vector_norm(R, dim=-1, keepdim=True)
-        if R.device.type == "cpu":
+        if on_host(R.device):
             # ‖R‖_F is at most √r times the longest row: nearly always two numbers show that no row is to be dropped. A
             # device would have to wait for them.
             smallest, largest = (float(norm) for norm in norms.aminmax())

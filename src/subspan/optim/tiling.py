@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 # Elements of one tile. On a CPU a float32 tile of 1 MiB stays in the second-level cache; a device wants fewer launches.
 _CPU_TILE = 1 << 18
 _DEVICE_TILE = 1 << 22
+
+_accelerated: ContextVar[bool] = ContextVar("accelerated", default=False)
+
+
+def on_host(device: torch.device) -> bool:
+    """Whether operations on ``device`` are done when they return, so that reading a result waits for nothing."""
+    return device.type == "cpu" and not _accelerated.get()
+
+
+@contextlib.contextmanager
+def as_on_accelerator() -> Iterator[None]:
+    """Work on the CPU in the pieces that an accelerator would be given, to see what memory it would need."""
+    token = _accelerated.set(True)
+    try:
+        yield
+    finally:
+        _accelerated.reset(token)
 
 
 @dataclass(frozen=True)
@@ -29,7 +49,7 @@ def tiles(X: Tensor) -> Iterator[Tile]:
     """Tiles that cover ``X`` (..., m, n), itself or a transposed view, each contiguous in memory for one matrix."""
     dim = -2 if X.stride(-1) == 1 else -1
     size = X.shape[dim]
-    budget = _CPU_TILE if X.device.type == "cpu" else _DEVICE_TILE
+    budget = _CPU_TILE if on_host(X.device) else _DEVICE_TILE
     length = max(1, budget * size // max(1, X.numel()))
     for start in range(0, size, length):
         yield Tile(dim, start, min(length, size - start))

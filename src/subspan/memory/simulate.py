@@ -1,0 +1,115 @@
+"""Run a training without its numbers: tensors have shapes and dtypes but no memory, whatever size the model has."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from subspan.memory.trace import tensors_in
+from subspan.optim import LowRankOptimizer
+from subspan.optim.method import State
+from subspan.optim.tiling import as_on_accelerator
+
+__all__ = ["rehearse_step", "simulated"]
+
+# Elements of a parameter above which it is never stacked with others, so that one stands for all that are alike.
+_LARGE = 1 << 16
+_READ = torch.ops.aten._local_scalar_dense.default
+
+
+@contextlib.contextmanager
+def simulated(device: Literal["cpu", "accelerator"] = "accelerator") -> Iterator[None]:
+    """All tensors that are made here are fake: an operation computes the shape of its result and nothing else.
+
+    Models, backward passes and the optimizers of subspan run as they are. What Python reads is kept real: integers
+    (positions, tokens) and scalars (the clocks of an optimizer); a number that would come out of fake ones is 1. The
+    fake tensors are on the CPU, since fake ones on a device abort where torch was built without it.
+
+    Args:
+        device: whose row tiles and buckets optimizers use. Attention is the flash kernel of the CPU either way, whose
+            memory is that of the others which do not form the matrix of scores.
+
+    Example:
+        >>> with simulated():
+        ...     weight = torch.ones(1_000_000, 1_000_000)  # four terabytes
+        ...     (weight @ weight).shape
+        torch.Size([1000000, 1000000])
+    """
+    with contextlib.ExitStack() as stack:
+        if device == "accelerator":
+            stack.enter_context(as_on_accelerator())
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(_HostNumbers())
+        yield
+
+
+class _HostNumbers(TorchDispatchMode):
+    """Keeps real what Python code decides by, and answers what depends on numbers that are not there."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [*tensors_in(args), *tensors_in(tuple(kwargs.values()))]
+        fake = any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        if func is _READ and fake:
+            dtype = args[0].dtype
+            return 1.0 if dtype.is_floating_point else dtype == torch.bool or 1
+        if not fake and (tensors or _makes_host_numbers(args, kwargs)):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _makes_host_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a factory of tensors makes a scalar or integers."""
+    dtype = kwargs.get("dtype")
+    if args and isinstance(args[0], (list, tuple)):  # a shape
+        return len(args[0]) == 0 or (dtype is not None and not dtype.is_floating_point)
+    if dtype is not None:
+        return not dtype.is_floating_point
+    return bool(args) and all(isinstance(argument, int) for argument in args)  # arange
+
+
+def rehearse_step(optimizer: torch.optim.Optimizer) -> None:
+    """Step in simulation; of many large parameters that agree in everything only one is worked on.
+
+    They are worked on one after the other, and what they hold (gradients, state) stays allocated throughout, so that
+    the memory is that of a whole step, which would take a minute at some hundred matrices.
+    """
+    if not isinstance(optimizer, LowRankOptimizer):
+        optimizer.step()
+        return
+    optimizer.init_state()
+    optimizer._take_slots()
+    first: dict[Any, torch.Tensor] = {}
+    rest = []
+    for name, parameter, group in list(optimizer._everything()):
+        folded = name in optimizer._folded
+        if parameter.numel() <= _LARGE or (parameter.grad is None and not folded):
+            continue
+        shapes = tuple((key, value.shape) for key, value in optimizer.state[parameter].items())
+        kind = (id(group), parameter.shape, parameter.stride(), parameter.dtype, shapes, folded)
+        if first.setdefault(kind, parameter) is not parameter:
+            rest.append((name, parameter, group, first[kind], parameter.grad, optimizer._folded.pop(name, None)))
+            parameter.grad = None
+    optimizer.step()
+    for name, parameter, group, like, gradient, _ in rest:
+        parameter.grad = gradient
+        _advance(optimizer, name, group, optimizer.state[parameter], optimizer.state[like])
+    optimizer._arm_slots([name for name, *_ in rest if name in optimizer._slots])
+
+
+def _advance(optimizer: LowRankOptimizer, name: str, group: Any, state: State, like: State) -> None:
+    """Set the clock of a parameter as if it had been stepped with the one that is ``like`` it."""
+    refreshed = "refreshes" in state and int(state["refreshes"]) < int(like["refreshes"])
+    for key, value in state.items():
+        if key != "next_refresh" and not isinstance(value, FakeTensor):
+            value.copy_(like[key])
+    if refreshed and optimizer.method.refresh is not None:
+        step, first = int(state["step"]) - 1, int(state["refreshes"]) == 1
+        due = optimizer.method.refresh.next_refresh(step, first, lambda: optimizer._places()[name], group)
+        state["next_refresh"].fill_(due)
