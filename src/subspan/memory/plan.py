@@ -17,7 +17,7 @@ CATEGORIES = (
     "weights", "gradients", "moments", "bases", "other state", "refresh workspace", "step workspace", "activations",
     "logits",
 )  # fmt: skip
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_KINDS = {"exp_avg": "moments", "exp_avg_sq": "moments", "basis": "bases", "rows": "bases"}
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _by_category(traced: dict[str, int]) -> dict[str, int]:
     for name, count in traced.items():
         kind, _, key = name.partition(":")
         if kind == "state":
-            kind = "moments" if key in _MOMENTS else "bases" if key == "basis" else "other state"
+            kind = _KINDS.get(key, "other state")
         if kind != "workspace":
             total[kind] += count
     return dict(total)

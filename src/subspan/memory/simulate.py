@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,7 +16,7 @@ from subspan.optim import LowRankOptimizer
 from subspan.optim.method import State
 from subspan.optim.tiling import as_on_accelerator
 
-__all__ = ["rehearse_step", "simulated"]
+__all__ = ["materialise", "rehearse_step", "simulated"]
 
 # Elements of a parameter above which it is never stacked with others, so that one stands for all that are alike.
 _LARGE = 1 << 16
@@ -72,6 +73,21 @@ def _makes_host_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if dtype is not None:
         return not dtype.is_floating_point
     return bool(args) and all(isinstance(argument, int) for argument in args)  # arange
+
+
+def materialise(model: nn.Module) -> None:
+    """Give the parameters and buffers of a model on the meta device storages, fake ones inside `simulated`."""
+    made: dict[torch.Tensor, torch.Tensor] = {}  # tied ones stay tied
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if parameter not in made:
+                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                    made[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                module._parameters[name] = made[parameter]  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = made.setdefault(buffer, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def rehearse_step(optimizer: torch.optim.Optimizer) -> None:

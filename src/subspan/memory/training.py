@@ -29,9 +29,7 @@ class TrainingTrace:
         trace: enter it around the steps.
     """
 
-    def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, logits_size: int | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, logits_size: int | None = None) -> None:
         self.model, self.optimizer = model, optimizer
         device = next(model.parameters()).device
         self.trace = MemoryTrace(logits_size, device)

@@ -17,8 +17,8 @@ class PlanSettings:
     """What to plan.
 
     Args:
-        model: Preset (``llama_9m`` ... ``llama_7b``, ``llama_bench``, ``gpt2-124m``), a Hugging Face config.json, a model
-            folder, or owner/name on the Hugging Face hub. Weights are neither made nor read.
+        model: Preset (``llama_9m`` ... ``llama_7b``, ``llama_bench``, ``gpt2-124m``), a Hugging Face config.json, a
+            model folder, or owner/name on the Hugging Face hub. Weights are neither made nor read.
         method: Optimizer, a name that ``subspan methods`` lists.
         rank: Directions kept of each projected matrix. None: the method's own, else a quarter of the hidden width.
         optimizer: Further settings of the method, such as ``--optimizer.svd exact``.
@@ -66,7 +66,7 @@ class PlanSettings:
         Raises:
             ValueError: naming the setting, its value and what is allowed.
         """
-        for name, least in (("batch_size", 1), ("grad_accumulation", 1), ("seq_len", 2), ("vocab_size", 2), ("rank", 1)):
+        for name, least in {"batch_size": 1, "grad_accumulation": 1, "seq_len": 2, "vocab_size": 2, "rank": 1}.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}.")

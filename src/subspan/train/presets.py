@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
 
-__all__ = ["PRESETS", "LlamaSize", "build_model", "model_tokenizer"]
+__all__ = ["PRESETS", "LlamaSize", "build_model", "model_tokenizer", "skeleton"]
 
 
 class LlamaSize(NamedTuple):
@@ -120,6 +120,43 @@ def build_model(
     if name_or_path.count("/") != 1 or name_or_path.startswith((".", "~", "/")) or name_or_path.endswith(".json"):
         raise _unknown(name_or_path)
     return _load(name_or_path, vocab_size, seq_len, dtype)
+
+
+def skeleton(
+    name_or_path: str, *, vocab_size: int | None = None, seq_len: int = 128, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """Build the model that `build_model` would, from its config alone: weights are not read, also not those of a hub.
+
+    Call it inside `subspan.memory.simulated`, or under ``torch.device("meta")``, so that they are not made either.
+
+    Args:
+        name_or_path: see `build_model`.
+        vocab_size: see `build_model`; it replaces that of a checkpoint too.
+        seq_len: longest sequence, in tokens.
+        dtype: of the weights.
+
+    Example:
+        >>> with torch.device("meta"):
+        ...     model = skeleton("llama_7b")
+        >>> model.num_parameters()
+        6738415616
+    """
+    if name_or_path in PRESETS:
+        return _initialise(preset_config(name_or_path, vocab_size=vocab_size, seq_len=seq_len), 0, dtype)
+    path = Path(name_or_path).expanduser()
+    if path.exists():
+        config = _read_config(path)
+    elif name_or_path.count("/") != 1 or name_or_path.startswith((".", "~", "/")) or name_or_path.endswith(".json"):
+        raise _unknown(name_or_path)
+    else:
+        try:
+            config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the config of model {name_or_path!r} cannot be loaded: {error}\n"
+                f"Presets that need no download: {', '.join(PRESETS)}."
+            ) from error
+    return _initialise(_config_with(config, vocab_size, name_or_path), 0, dtype, seq_len)
 
 
 def model_tokenizer(name_or_path: str) -> str | None:

@@ -1,0 +1,274 @@
+"""The memory of a training run before it exists: a model, an optimizer and a batch, simulated and traced."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from subspan.memory.plan import PeakPlan, adamw_8bit_state_bytes
+from subspan.memory.simulate import materialise, rehearse_step, simulated
+from subspan.memory.training import trace_training
+from subspan.optim import create_optimizer, list_methods, method_info
+from subspan.optim.groups import unknown_setting
+from subspan.train.config import PretrainConfig
+from subspan.train.optimizer import build_optimizer, check_settings, resolve
+from subspan.train.plan_settings import PlanSettings
+from subspan.train.presets import PRESETS, skeleton
+
+__all__ = ["BASELINES", "Recipe", "largest_that_fits", "plan_recipe", "recipes"]
+
+#: Recipes that are no method of the registry, with what they are.
+BASELINES = {
+    "adamw_torch": "torch.optim.AdamW, fused: moments in the dtype of the weights",
+    "adamw_8bit": "torchao AdamW8bit: moments of a byte, by formula; its step is taken to need nothing more",
+    "lora": "peft, all linear layers, the other weights frozen; AdamW with float32 moments",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A planned way to train.
+
+    Attributes:
+        name: a method of the registry, or one of `BASELINES`.
+        gradient: ``full``, ``fused`` or ``projected``.
+        size: how much is projected (``rank 128``), or nothing.
+        parameters: of the model, in all.
+        trainable: of them, those that are trained.
+        bytes: where they go.
+    """
+
+    name: str
+    gradient: str
+    size: str
+    parameters: int
+    trainable: int
+    bytes: PeakPlan
+
+    @property
+    def title(self) -> str:
+        """Name and variant, for people."""
+        variant = [self.size] * bool(self.size) + [self.gradient] * (self.gradient != "full")
+        return self.name + (f" ({', '.join(variant)})" if variant else "")
+
+
+def recipes(settings: PlanSettings) -> Iterator[Recipe]:
+    """Plan the chosen recipe, and then those of ``compare``.
+
+    A method that cannot leave gradients unformed takes them in backward; one that cannot accumulate what it takes in
+    backward keeps whole gradients.
+
+    Raises:
+        ValueError: an unknown name, or settings that the method does not have.
+    """
+    names = _compared(settings)
+    yield plan_recipe(settings)
+    for name in names:
+        yield plan_recipe(_beside(settings, name))
+
+
+def plan_recipe(settings: PlanSettings) -> Recipe:
+    """Plan ``settings.method`` alone: trace two training steps of fake tensors.
+
+    Raises:
+        ValueError: unknown model or method, or settings that they do not have.
+        FileNotFoundError: a model folder that does not exist.
+    """
+    config = _config(settings)
+    if settings.method not in BASELINES:
+        check_settings(config)
+    with torch.device("meta"):
+        model: Any = skeleton(
+            settings.model,
+            vocab_size=settings.vocab_size,
+            seq_len=settings.seq_len,
+            dtype=torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32,
+        )
+        parameters, text = model.num_parameters(), model.config.get_text_config()
+        prepare(model, settings.activation_checkpointing)
+        if settings.method == "lora":
+            model = _with_lora(model, settings, text.hidden_size)
+    with simulated(settings.device):
+        materialise(model)
+        optimizer, size = _optimizer(model, config, settings, text.hidden_size)
+        timeline = trace_training(
+            model,
+            optimizer,
+            _loss(model, settings),
+            grad_accumulation=settings.grad_accumulation,
+            logits_size=text.vocab_size,
+            step=lambda: rehearse_step(optimizer),
+        )
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Recipe(settings.method, settings.gradient, size, parameters, trainable, PeakPlan.of(timeline))
+
+
+def prepare(model: PreTrainedModel, activation_checkpointing: bool) -> None:
+    """Set a model up for training as a run does."""
+    model.config.use_cache = False
+    if activation_checkpointing:
+        # transformers 5.23 renamed the method.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+
+
+def largest_that_fits(
+    settings: PlanSettings, progress: Callable[[int, int], None] = lambda value, peak: None
+) -> tuple[PlanSettings, Recipe]:
+    """Find the largest value of the setting ``settings.solve`` whose peak is within the budget.
+
+    Args:
+        settings: all other settings, and where the search begins.
+        progress: called with each value and its peak.
+
+    Returns:
+        The settings with that value, and their plan.
+
+    Raises:
+        ValueError: the method has no such setting, or not even the least value fits.
+    """
+    assert settings.solve is not None
+    name, budget = settings.solve, settings.budget_bytes
+    if name == "rank" and not _takes_rank(settings.method):
+        raise ValueError(f"solve is 'rank', but {settings.method!r} has none; solve for batch_size or seq_len.")
+    most = _most(settings)
+    plans: dict[int, Recipe] = {}
+
+    def with_value(value: int) -> PlanSettings:
+        changed: dict[str, Any] = {name: value}
+        return dataclasses.replace(settings, **changed)
+
+    def peak(value: int) -> int:
+        if value not in plans:
+            plans[value] = plan_recipe(with_value(value))
+            progress(value, plans[value].bytes.peak)
+        return plans[value].bytes.peak
+
+    low = 2 if name == "seq_len" else 1
+    if peak(low) > budget:
+        raise ValueError(
+            f"not even {name} {low} fits into {settings.budget}: the peak is {peak(low):,} bytes. Give a larger "
+            "budget, bfloat16, activation checkpointing, another method or --gradient projected."
+        )
+    high = min(most, max(2 * low, getattr(settings, name) or 0))
+    while peak(high) <= budget and low < high:
+        low, high = high, min(most, 2 * high)
+    chord = True
+    while high - low > 1:
+        # The peak is convex in batch and length, or nearly: the chord is close. Every second guess is the middle.
+        share = (budget - peak(low)) / (peak(high) - peak(low)) if chord else 0.5
+        middle = min(high - 1, max(low + 1, round(low + share * (high - low))))
+        low, high = (middle, high) if peak(middle) <= budget else (low, middle)
+        chord = not chord
+    return with_value(low), plans[low]
+
+
+def _most(settings: PlanSettings) -> int:
+    with torch.device("meta"):
+        model = skeleton(settings.model, vocab_size=settings.vocab_size, seq_len=settings.seq_len)
+    if settings.solve == "rank":
+        return int(model.config.get_text_config().hidden_size)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    # A preset gets as many positions as are asked for.
+    return 1 << 20 if settings.solve == "batch_size" or longest is None or settings.model in PRESETS else int(longest)
+
+
+def _takes_rank(method: str) -> bool:
+    return method == "lora" or (method not in BASELINES and method_info(method).size == "rank")
+
+
+def _config(settings: PlanSettings) -> PretrainConfig:
+    """The settings of a run, as far as they matter here."""
+    shared = {field.name for field in dataclasses.fields(PretrainConfig)} & set(vars(settings))
+    values = {name: getattr(settings, name) for name in shared - {"vocab_size", "output"}}
+    if settings.method in BASELINES:
+        if settings.gradient != "full":
+            raise ValueError(f"gradient is {settings.gradient!r}, but {settings.method!r} keeps gradients: give full.")
+        values["method"] = "adamw"
+    return PretrainConfig(**values, max_grad_norm=0.0)
+
+
+def _compared(settings: PlanSettings) -> list[str]:
+    if settings.compare is None:
+        return []
+    known = [*list_methods(), *BASELINES]
+    if settings.compare.strip() == "all":
+        names = known
+    else:
+        names = [name.strip() for name in settings.compare.split(",") if name.strip()]
+        for name in names:
+            if name not in known:
+                raise ValueError(unknown_setting(name, ["all", *known], "recipe in compare"))
+    return [name for name in names if name != settings.method]
+
+
+def _beside(settings: PlanSettings, name: str) -> PlanSettings:
+    """The settings of another recipe at the same rank and the most sparing treatment of gradients that it can."""
+    gradient = settings.gradient
+    if name in BASELINES:
+        gradient = "full"
+    elif gradient != "full" and not create_optimizer(name, nn.Linear(2, 2)).folds:
+        gradient = "fused" if settings.grad_accumulation == 1 else "full"
+    rank = settings.rank if name != "apollo_mini" and _takes_rank(name) else None
+    return dataclasses.replace(settings, method=name, optimizer={}, gradient=gradient, rank=rank)
+
+
+def _with_lora(model: PreTrainedModel, settings: PlanSettings, width: int) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    if settings.activation_checkpointing:
+        model.enable_input_require_grads()
+    rank = settings.rank or max(1, width // 4)
+    return get_peft_model(model, LoraConfig(r=rank, target_modules=settings.target_modules))
+
+
+def _optimizer(
+    model: nn.Module, config: PretrainConfig, settings: PlanSettings, width: int
+) -> tuple[torch.optim.Optimizer, str]:
+    """The optimizer, and how much it projects."""
+    if settings.method == "adamw_torch":
+        return torch.optim.AdamW(model.parameters(), fused=True), ""
+    if settings.method == "adamw_8bit":
+        return _HeldState(model.parameters(), adamw_8bit_state_bytes), ""
+    if settings.method == "lora":
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return create_optimizer("adamw", trained), f"rank {settings.rank or max(1, width // 4)}"
+    optimizer = build_optimizer(model, resolve(config, width))
+    group = optimizer.param_groups[0]
+    for key in ("rank", "density"):
+        if group.get(key) is not None:
+            return optimizer, f"{key} {group[key]}"
+    return optimizer, ""
+
+
+def _loss(model: Any, settings: PlanSettings) -> Callable[[], Tensor]:
+    tokens = torch.zeros(settings.batch_size, settings.seq_len, dtype=torch.int64)
+    if settings.dtype != "amp":
+        return lambda: model(input_ids=tokens, labels=tokens).loss
+
+    def mixed() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = model(input_ids=tokens, labels=tokens)
+        outputs.logits.float()  # as accelerate does
+        return outputs.loss
+
+    return mixed
+
+
+class _HeldState(torch.optim.Optimizer):
+    """State that is a number of bytes and a step that does nothing."""
+
+    def __init__(self, params: Any, state_bytes: Callable[[Any], dict[str, int]]) -> None:
+        super().__init__(params, {})
+        self.state_bytes = state_bytes
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        parameters = self.param_groups[0]["params"]
+        if not self.state:
+            for key, count in self.state_bytes(parameters).items():
+                self.state[parameters[0]][key] = torch.empty(count // 4, dtype=torch.float32)
