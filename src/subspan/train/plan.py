@@ -170,7 +170,7 @@ def largest_that_fits(
 
 def _most(settings: PlanSettings) -> int:
     with torch.device("meta"):
-        model = skeleton(settings.model, vocab_size=settings.vocab_size, seq_len=settings.seq_len)
+        model = skeleton(settings.model, vocab_size=settings.vocab_size, seq_len=2)
     if settings.solve == "rank":
         return int(model.config.get_text_config().hidden_size)
     longest = getattr(model.config, "max_position_embeddings", None)

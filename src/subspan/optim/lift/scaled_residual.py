@@ -55,7 +55,8 @@ class ScaledResidual(Lift):
         weights = phi.square()
         whole = (weights * G_squared).sum((-2, -1))
         outside = (weights * (G_squared - (2.0 * inside - inside * inside) * R_squared)).sum((-2, -1))
-        if bool((outside > _TRUSTED_SHARE * whole).all()):
+        # Asked so that yes, the answer of a simulation, is the way that needs more memory.
+        if not bool((outside <= _TRUSTED_SHARE * whole).any()):
             return outside.sqrt()
         outside = torch.zeros_like(whole)
         for tile in tiles(step.gradient):
