@@ -32,17 +32,19 @@ def householder_right(problem: FixedPrecision) -> AdaptiveResult:
     squared_error = problem.total.clone()
     Q: CompactWY | None = None
     done = 0
-    while done < problem.max_rank and not problem.met(squared_error):
-        width = min(problem.block_size, problem.max_rank - done)
-        rest = B[..., done:, :]
-        # B holds sA already: the test matrix must not be scaled again.
-        panel, _ = CompactWY.factor(rest @ (problem.test_matrix(width) / problem.scale))
-        panel.reflect_(rest)
-        squared_error = squared_error - squared_frobenius(B[..., done : done + width, :])
-        Q = panel if Q is None else Q.then(panel)
-        done += width
-        if done >= problem.max_rank or bool((squared_error <= torch.maximum(problem.target, problem.trust)).any()):
-            squared_error = squared_frobenius(B[..., done:, :])
+    with SketchQueue(problem, multiply=False) as test_matrices:
+        while done < problem.max_rank and not problem.met(squared_error):
+            width = min(problem.block_size, problem.max_rank - done)
+            following = min(problem.block_size, problem.max_rank - done - width) or None
+            rest = B[..., done:, :]
+            # B holds sA already: the test matrix must not be scaled again.
+            panel, _ = CompactWY.factor(rest @ (test_matrices.take(width, following) / problem.scale))
+            panel.reflect_(rest)
+            squared_error = squared_error - squared_frobenius(B[..., done : done + width, :])
+            Q = panel if Q is None else Q.then(panel)
+            done += width
+            if done >= problem.max_rank or bool((squared_error <= torch.maximum(problem.target, problem.trust)).any()):
+                squared_error = squared_frobenius(B[..., done:, :])
     return AdaptiveResult(
         problem,
         rank=done,
