@@ -35,6 +35,7 @@ from subspan.linalg import (
     captured_energy,
     exact_basis,
     gram_basis,
+    krylov_range_finder,
     orthogonality_error,
     orthonormalize,
     range_finder,
@@ -49,6 +50,7 @@ FIXED = (
     "sketch, QR, rotation",
     "one power iteration, rotation",
     "one power iteration",
+    "block Krylov, rotation",
     "sparse sign, QR",
     "column sampling, QR",
     "eigh of Gram",
@@ -70,6 +72,9 @@ def measure_fixed(args: argparse.Namespace) -> dict[str, Any]:
         best = (values[:rank].norm() / values.norm()).item()
 
         finders = fixed_rank_finders(A, rank) | peers(A, rank)
+        finders["block Krylov, rotation"] = lambda matrix=A, r=rank: (
+            krylov_range_finder(matrix, r, generator=seeded_generator(0)).basis
+        )
         methods = {name: finder for name in FIXED if callable(finder := finders[name])}
         rows = {
             name: {
@@ -77,7 +82,7 @@ def measure_fixed(args: argparse.Namespace) -> dict[str, Any]:
                 "least": min(timings.units),
                 "energy_of_optimum": captured_energy(A, methods[name]()).item() / best,
             }
-            for name, timings in in_units(methods, projection(A, rank), args.rounds).items()
+            for name, timings in in_units(methods, projection(A, rank), args.rounds, once_above=args.once_above).items()
         }
         result[f"{m}x{n}"] = rows
         print(f"\n{m}x{n}, rank {rank}: units, energy relative to the optimum")
@@ -316,6 +321,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=tuple(measures))
     parser.add_argument("--shapes", type=parse_size, nargs="+", default=[(512, 512), (1024, 2736), (2048, 2048)])
     parser.add_argument("--rounds", type=int, default=5, help="rounds after the first, which warms up")
+    parser.add_argument("--once-above", type=float, default=60, help="seconds of a call that is not repeated (fixed)")
     parser.add_argument("--matrices", type=int, default=1000, help="random matrices (promise)")
     parser.add_argument(
         "--training-steps", type=int, nargs="+", default=[10, 100], help="before the gradients are taken"
