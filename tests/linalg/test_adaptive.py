@@ -141,7 +141,7 @@ def test_the_last_directions_are_found_too(method: str, m: int, n: int, block_si
     A = torch.randn(m, n, generator=torch.Generator().manual_seed(m * 100 + n))
     found = find(A, rtol=0.0, method=method, block_size=block_size)
     assert found.rank == n
-    assert true_error(A, found.basis()) <= 1e-6 * A.norm()
+    assert true_error(A, found.basis()) <= 2e-6 * A.norm()
 
 
 @settings(max_examples=25, deadline=None)

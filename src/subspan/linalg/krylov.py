@@ -126,21 +126,22 @@ class KrylovSpace:
         Y = problem.operator.matmul(waiting * problem.scale)
         new = Y - self.Q @ (self.Q.mT @ Y)
         # What is left of a space that A maps to itself, as of equal singular values, is rounding.
-        exhausted = squared_frobenius(new) <= torch.finfo(Y.dtype).eps * squared_frobenius(Y)
+        left, there = (torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True) for X in (new, Y))
+        exhausted = left <= math.sqrt(torch.finfo(Y.dtype).eps) * there
         if bool(exhausted.any()):
-            new = torch.where(exhausted[..., None, None], problem.sketch(columns), new)
+            new = torch.where(exhausted, problem.sketch(columns), new)
         block = orthogonal_to(self.Q, orthonormalize(new))
         coordinates = problem.coordinates(block).mT
         # Joined as rows of Qᵀ: the columns of a QR lie one after the other in memory.
         self.Q = torch.cat([self.Q.mT, block.mT], dim=-2).mT
         self.W = torch.cat([self.W, coordinates], dim=-1)
-        left = self._residual - squared_frobenius(coordinates)
-        self._residual = problem.trusted_residual(self.Q, self.W.mT, left)
+        residual = self._residual - squared_frobenius(coordinates)
+        self._residual = problem.trusted_residual(self.Q, self.W.mT, residual)
 
     def iterate(self) -> None:
         """One subspace iteration of all columns, at the price of as many products as the space has taken so far."""
         problem = self._problem
         self.Q = orthonormalize(problem.operator.matmul(orthonormalize(self.W) * problem.scale))
         self.W = problem.coordinates(self.Q).mT
-        left = problem.total - squared_frobenius(self.W)
-        self._residual = problem.trusted_residual(self.Q, self.W.mT, left)
+        residual = problem.total - squared_frobenius(self.W)
+        self._residual = problem.trusted_residual(self.Q, self.W.mT, residual)

@@ -82,9 +82,9 @@ def truncated_sketch(problem: FixedPrecision) -> AdaptiveResult:
     columns = step
     while space.width < limit:
         # The residual falls as an exponential, or more slowly: what is predicted too early is corrected block by block.
-        crossing = space.width + columns * _blocks_to(_ENOUGH * problem.target, before, outside)
-        missing = max(step + _NARROWEST, min(limit, _BEYOND * crossing)) - space.width
-        if missing < _NARROWEST and bool((outside <= _ENOUGH * problem.target).all()):
+        ahead = _blocks_to(_ENOUGH * problem.target, before, outside)
+        missing = max(step + _NARROWEST, min(limit, _BEYOND * (space.width + columns * ahead))) - space.width
+        if missing < _NARROWEST and ahead <= 0:
             break
         columns = min(step, max(_NARROWEST, math.ceil(missing)), limit - space.width)
         space.grow(columns)
@@ -99,9 +99,17 @@ def truncated_sketch(problem: FixedPrecision) -> AdaptiveResult:
 
 
 def _blocks_to(target: Tensor, before: Tensor, after: Tensor) -> float:
-    """Blocks until a residual that falls as from ``before`` to ``after`` meets its target, negative if it has."""
-    ahead = (after / target).log() / (before / after).log()
-    return float(ahead.nan_to_num(0.0, posinf=math.inf, neginf=0.0).max())
+    """Blocks until residuals that fall as from ``before`` to ``after`` meet their targets; not positive if they do."""
+    most = -math.inf
+    for goal, old, new in torch.stack([target, before, after]).reshape(3, -1).T.tolist():
+        if new <= 0:
+            blocks = 0.0
+        elif goal <= 0 or new >= old:
+            blocks = math.inf if new > goal else 0.0
+        else:
+            blocks = math.log(new / goal) / math.log(old / new)
+        most = max(most, blocks)
+    return most
 
 
 class _Eigenbasis:
