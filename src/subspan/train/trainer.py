@@ -20,6 +20,7 @@ from subspan.optim import LowRankOptimizer
 from subspan.train.config import PretrainConfig, write_text
 from subspan.train.data import StreamedDataset
 from subspan.train.optimizer import build_optimizer, check_optimizer
+from subspan.train.presets import build_model
 from subspan.train.ranks import varying_ranks
 
 __all__ = ["CHECKPOINT", "PROGRESS_FILE", "STAGING", "PretrainTrainer", "peak_memory_bytes"]
@@ -132,6 +133,17 @@ class PretrainTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, STAGING) if self._staging else folder
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the weights as transformers loads a model: the Trainer itself takes the names in the files for its own.
+
+        A mixture of experts is saved under other names than it has in memory; the Trainer warns of missing keys, and
+        goes on with the initial weights of its experts.
+        """
+        target = self.network if model is None else model
+        dtype = next(target.parameters()).dtype
+        saved = build_model(str(resume_from_checkpoint), seq_len=self.config.seq_len, dtype=dtype)
+        target.load_state_dict(saved.state_dict())
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint into a folder that is never resumed from, and rename it when it is complete."""
