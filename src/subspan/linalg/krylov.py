@@ -29,8 +29,8 @@ def krylov_range_finder(
 
     Four blocks of the space of :class:`KrylovSpace`, and the rotation of :func:`subspan.linalg.range_finder`: three
     products with A and as many with Aᵀ of half of the rank each, QᵀA among them. It takes the time of a range finder
-    with one power iteration, and finds what two find: 0.993 of the energy at σ_i = i^-1/2 instead of 0.985. Directions
-    below √u·σ₁ (3e-4 σ₁ in float32) are orthonormal, but not singular vectors.
+    with one power iteration, and finds nearly what two find: 0.993 of the energy at σ_i = i^-1/2 instead of 0.985.
+    Directions below √u·σ₁ (3e-4 σ₁ in float32) are orthonormal, but not singular vectors.
 
     Args:
         A: tensor (..., m, n) or operator; not modified, not copied.
