@@ -59,6 +59,7 @@ class PretrainConfig:
             projection only, and accumulate and clip that; the other methods update the weights in backward, which
             needs ``--max_grad_norm 0`` and no accumulation; or projected (GaLore, GoLore): linear layers compute the
             projection alone, which saves time too.
+        chunked_loss: Compute the loss some tokens at a time, so that the logits of all of them never exist at once.
         activation_checkpointing: Recompute activations in the backward pass: less memory, more time.
         eval_every: Steps between evaluations on the held-out text; 0 evaluates at the end only.
         eval_batches: Batches in an evaluation.
@@ -95,6 +96,7 @@ class PretrainConfig:
     seq_len: int = 128
     dtype: Literal["float32", "bfloat16", "amp"] = "float32"
     gradient: Literal["full", "fused", "projected"] = "full"
+    chunked_loss: bool = False
     activation_checkpointing: bool = False
     eval_every: int = 200
     eval_batches: int = 40

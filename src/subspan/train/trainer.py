@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from subspan.optim import LowRankOptimizer
 from subspan.train.config import PretrainConfig, write_text
 from subspan.train.data import StreamedDataset
+from subspan.train.loss import chunked_loss
 from subspan.train.optimizer import build_optimizer, check_optimizer
 from subspan.train.presets import build_model
 from subspan.train.ranks import varying_ranks
@@ -123,6 +124,16 @@ class PretrainTrainer(Trainer):
         if "eval_loss" in logs:
             logs["eval_perplexity"] = perplexity(logs["eval_loss"])
         super().log(logs, *args, **kwargs)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss, computed in chunks where that is asked for."""
+        if not self.config.chunked_loss:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.accelerator.autocast():  # which is around the model's own forward only
+            loss = chunked_loss(self.network, inputs["input_ids"], inputs["labels"], num_items_in_batch)
+        return (loss, {"loss": loss}) if return_outputs else loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate, outside the seconds that count as training."""
