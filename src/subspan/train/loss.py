@@ -46,6 +46,6 @@ def check_chunked_loss(model: PreTrainedModel) -> None:
         model.train(training)
     if not same:
         raise ValueError(
-            f"chunked_loss gives {chunked:.6g} where {type(model).__name__} computes {own:.6g}: its loss is more than the "
-            "cross-entropy of its linear head. Leave chunked_loss out."
+            f"chunked_loss gives {chunked:.6g} where {type(model).__name__} computes {own:.6g}: its loss is more than "
+            "the cross-entropy of its linear head. Leave chunked_loss out."
         )

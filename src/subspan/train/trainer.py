@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from subspan.optim import LowRankOptimizer
 from subspan.train.config import PretrainConfig, write_text
@@ -132,6 +132,7 @@ class PretrainTrainer(Trainer):
         if not self.config.chunked_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with self.accelerator.autocast():  # which is around the model's own forward only
+            assert isinstance(self.network, PreTrainedModel)
             loss = chunked_loss(self.network, inputs["input_ids"], inputs["labels"], num_items_in_batch)
         return (loss, {"loss": loss}) if return_outputs else loss
 
