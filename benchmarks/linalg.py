@@ -35,7 +35,6 @@ from subspan.linalg import (
     captured_energy,
     exact_basis,
     gram_basis,
-    krylov_range_finder,
     orthogonality_error,
     orthonormalize,
     range_finder,
@@ -50,7 +49,7 @@ FIXED = (
     "sketch, QR, rotation",
     "one power iteration, rotation",
     "one power iteration",
-    "block Krylov, rotation",
+    "block Krylov",
     "sparse sign, QR",
     "column sampling, QR",
     "eigh of Gram",
@@ -72,9 +71,6 @@ def measure_fixed(args: argparse.Namespace) -> dict[str, Any]:
         best = (values[:rank].norm() / values.norm()).item()
 
         finders = fixed_rank_finders(A, rank) | peers(A, rank)
-        finders["block Krylov, rotation"] = lambda matrix=A, r=rank: (
-            krylov_range_finder(matrix, r, generator=seeded_generator(0)).basis
-        )
         methods = {name: finder for name in FIXED if callable(finder := finders[name])}
         rows = {
             name: {
