@@ -36,7 +36,7 @@ class PretrainConfig:
         vocab_size: Tokens of the BPE that is trained; the model gets the same vocabulary.
         validation: Share of the text that is held out for validation.
         rank: Directions kept of each projected matrix. None: the method's own, else a quarter of the hidden width.
-            With ``--optimizer.rank_policy tolerance --optimizer.rtol 0.3`` each matrix gets as many as leave at most
+            With ``--optimizer.rank_policy tolerance --optimizer.rtol 0.2`` each matrix gets as many as leave at most
             the share `rtol` of its gradient's norm outside, and `rank` is the most (None: half of the hidden width).
         target_modules: Which matrices to project: ``all-linear``, a regular expression, or a list of names.
         exclude: Names of modules that stay dense in spite of `target_modules`.
