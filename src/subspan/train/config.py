@@ -16,7 +16,17 @@ __all__ = ["PretrainConfig", "differences", "read_config", "write_text"]
 
 #: Settings that leave the training itself alone, so that a resumed run may change them.
 _HARMLESS = frozenset(
-    {"output", "resume", "report_to", "log_every", "eval_every", "eval_batches", "save_every", "keep_checkpoints"}
+    {
+        "output",
+        "resume",
+        "report_to",
+        "measure_memory",
+        "log_every",
+        "eval_every",
+        "eval_batches",
+        "save_every",
+        "keep_checkpoints",
+    }
 )
 
 
@@ -70,6 +80,7 @@ class PretrainConfig:
         output: Run folder. None: ``runs/METHOD-MODEL``, with a number after it when that exists.
         resume: ``auto`` continues from the newest checkpoint in the run folder, or starts when there is none; a path
             continues from that checkpoint; ``none`` starts afresh and never touches an existing run.
+        measure_memory: Trace the memory of the first two steps, and show it beside the plan at the end.
         report_to: Log to TensorBoard or Weights & Biases too.
     """
 
@@ -106,6 +117,7 @@ class PretrainConfig:
     seed: int = 0
     output: str | None = None
     resume: str = "none"
+    measure_memory: bool = False
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from subspan.train.callbacks import MetricsCallback, MetricsFile, ProgressCallba
 from subspan.train.config import PretrainConfig, write_text
 from subspan.train.data import PackedDataset, StreamedDataset, TextData, load_data
 from subspan.train.loss import check_chunked_loss
+from subspan.train.measure import MeasureCallback, plan_run, show_peaks
 from subspan.train.optimizer import check_settings, resolve
 from subspan.train.presets import build_model, model_tokenizer
 from subspan.train.ranks import RanksCallback, mean_rank, plot_ranks
@@ -88,6 +89,13 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> RunSu
             "the numbers may differ in the last digits.[/]"
         )
 
+    measure = None
+    if config.measure_memory:
+        vocab_size = int(model.config.get_text_config().vocab_size)
+        with console.status("Planning the memory ..."):
+            peaks = plan_run(config, vocab_size)
+        measure = MeasureCallback(trainer, vocab_size)
+        trainer.add_callback(measure)
     progress, losses, signal = folder.progress(), folder.losses(), None
     if folder.step < config.steps:
         with StopCallback() as stop, ProgressCallback(console) as bar:
@@ -116,6 +124,8 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> RunSu
     metrics.write({key: value for key, value in last_line.items() if key not in ("output", "finished", "signal")})
     measured = measured_bytes(model, progress["gradient_bytes"], progress["state_bytes"])
     show_end(console, summary, planned, measured, sample, picture)
+    if measure is not None and measure.measured is not None:
+        show_peaks(console, peaks, measure.measured)
     return summary
 
 
