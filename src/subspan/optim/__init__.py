@@ -7,6 +7,7 @@ from subspan.optim.methods.apollo import APOLLO, APOLLOMini
 from subspan.optim.methods.fira import Fira
 from subspan.optim.methods.frugal import FRUGAL
 from subspan.optim.methods.galore import GaLore
+from subspan.optim.methods.galore_8bit import GaLore8bit
 from subspan.optim.methods.golore import GoLore
 from subspan.optim.optimizer import LowRankOptimizer
 from subspan.optim.param_groups import param_groups
@@ -21,6 +22,7 @@ __all__ = [
     "AdamW",
     "Fira",
     "GaLore",
+    "GaLore8bit",
     "GoLore",
     "LowRankOptimizer",
     "Method",
