@@ -67,7 +67,8 @@ def test_order_of_parameters_and_groups_is_irrelevant(case: Case) -> None:
     assert difference(first | dense, second | dense_again) < 1e-6
 
 
-@parametrised(CASES)
+# Blocks of codes follow the rows of a dense matrix.
+@parametrised([case for case in CASES if case.projects or "moments" not in case.settings])
 def test_transposing_a_parameter_transposes_its_update(case: Case) -> None:
     shapes = {name: shape for name, shape in SHAPES.items() if shape[0] != shape[1]}
     upright, flipped = parameters(shapes), {}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from subspan.optim.buckets import gather, scatter
-from subspan.optim.method import Group, State
+from subspan.optim.method import State
 from subspan.state import StateSpec
 
 

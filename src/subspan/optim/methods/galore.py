@@ -38,11 +38,11 @@ class GaLore(LowRankOptimizer):
         inner: the optimizer inside; Adam by default.
         eps_placement: see `Adam`; galore-torch adds ε ``"before"`` bias correction.
         decay: ``"before"`` the update, or ``"after"`` it as galore-torch does.
-        moments: how the moments are held: ``"float32"``, ``"bfloat16"``, ``"8bit"`` or ``"4bit"``. Vectors and dense
-            groups (embeddings, heads) keep float32; a ``moments`` of their own in the group dict, or
-            ``other_moments`` of `param_groups`, is another word for these groups.
-        basis_storage: how the basis is held: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``. What it is rounded
-            to projects and projects back.
+        moments: how the moments are held: ``"float32"``, ``"bfloat16"``, ``"8bit"`` or ``"4bit"``. Dense groups
+            (embeddings, heads) keep float32 unless their dict says otherwise, or ``other_moments`` of `param_groups`
+            does; vectors (norms, biases) always do.
+        basis_storage: how the basis is held: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``. What it is
+            rounded to projects and projects back.
         min_quantized: tensors of state with fewer elements keep float32.
         seed, nonfinite: see `LowRankOptimizer`.
         **grouping: with a model: settings of `param_groups` such as ``rank`` and ``target_modules``.
