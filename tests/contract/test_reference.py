@@ -16,6 +16,7 @@ from references.frugal import FRUGALBlocksReference, FRUGALReference, rows_basis
 from references.galore import GaLoreReference
 from references.golore import GoLoreReference
 from references.parts import SGD, exact_basis, projects_left
+from references.q_galore import QGaLoreReference
 from references.quantised import QuantisedAdam, linear_levels, quantised
 from torch import Tensor, nn
 
@@ -96,7 +97,7 @@ def group(proj_type: str, **keys: Any) -> dict[str, Any]:
 
 
 def test_every_method_has_a_reference() -> None:
-    known = {"adamw", "galore", "galore_8bit", "golore", "fira", "apollo", "apollo_mini", "frugal"}
+    known = {"adamw", "galore", "galore_8bit", "q_galore", "golore", "fira", "apollo", "apollo_mini", "frugal"}
     assert set(list_methods()) == known
 
 
@@ -164,6 +165,24 @@ def test_fira_with_a_quantised_basis(shape: tuple[int, int], proj_type: str, bit
     keys = group(proj_type)
     reference = FiraReference(find=find, **keys, **NUMBERS)
     follow("fira", reference, shape, keys, svd="exact", stagger=False, **coded("float32", f"int{bits}"))
+
+
+@every_side
+@pytest.mark.parametrize("cos_threshold", [0.1, 0.3, 0.9])
+@pytest.mark.parametrize("official_code", [False, True])
+def test_q_galore(shape: tuple[int, int], proj_type: str, cos_threshold: float, official_code: bool) -> None:
+    """Refreshed every second step at first; with the lowest threshold the period doubles after two refreshes."""
+    lazy: dict[str, Any] = {"cos_threshold": cos_threshold, "gamma_proj": 2.0, "queue_size": 2}
+    keys = group(proj_type, **lazy) | {"update_proj_gap": 2}
+    settings = {"official_code": official_code, "find": exact_basis}
+    inner = QuantisedAdam(8, block=256, betas=NUMBERS["betas"])
+    reference = QGaLoreReference(inner=inner, **settings, **keys, **NUMBERS)
+    own = {"svd": "exact", "stagger": False, "official_code": official_code}
+    follow("q_galore", reference, shape, keys, **own, **coded("8bit", "int4"))
+    if cos_threshold == 0.9:
+        assert reference.refreshes == list(range(0, STEPS, 2))
+    elif cos_threshold == 0.1 and not official_code:
+        assert reference.refreshes == [0, 2, 4, 8, 12]
 
 
 @pytest.mark.parametrize("rank", [12, 16, 99])

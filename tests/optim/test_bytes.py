@@ -48,6 +48,13 @@ FORMULAS: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
         {},
         BASIS + 2 * blockwise(LONG * RANK, 8, 256) + STEP + CLOCK,
     ),
+    "q_galore": (
+        "q_galore",
+        {"rank": RANK, "min_quantized": 1},
+        {},
+        # its period, and the overlaps of the last five refreshes
+        blockwise(SHORT * RANK, 4, 256) + 2 * blockwise(LONG * RANK, 8, 256) + STEP + CLOCK + 8 + 5 * FP32,
+    ),
     "galore in 4 bits": (
         "galore",
         {"rank": RANK, "min_quantized": 1, "moments": "4bit", "basis_storage": "int4"},

@@ -257,11 +257,14 @@ class Executor(StoredOptimizer):
         step, first = int(state["step"]) - 1, int(state["refreshes"]) == 0
         specs = self._specs(work.name, work.parameter, work.group, state)
         tensors = opened(state, specs)
+        old = {"basis": tensors["basis"].clone()}
         basis_from_sketch(tensors, specs, folded.sketch, method.transport, step + 1)
+        if not first:
+            method.refresh.compare(tensors, old, tensors, work.group)
         close(state, specs, tensors)
         state["turned"].fill_(0)
         state["refreshes"] += 1
-        due = method.refresh.next_refresh(step, first, lambda: self._places()[work.name], work.group)
+        due = method.refresh.next_refresh(step, first, lambda: self._places()[work.name], work.group, state)
         state["next_refresh"].fill_(due)
 
     def _refresh(self, name: str, parameter: Tensor, G: Tensor, group: dict[str, Any], step: int) -> Tensor | None:
@@ -283,6 +286,8 @@ class Executor(StoredOptimizer):
         new = {key: rounded(specs[key], X) for key, X in found.tensors.items()} if method.subspace.stored else {}
         if refreshes > 0:
             method.transport.carry(tensors, specs, new, step)
+        if refreshes > 0 and new:
+            method.refresh.compare(tensors, tensors, new, group)
         self._fit(tensors, specs, found.projected, parameter.device)
         for key, tensor in new.items():
             tensors[key].copy_(tensor)
@@ -290,7 +295,7 @@ class Executor(StoredOptimizer):
         if "rank" in state:
             state["rank"].fill_(geometry.rank)
         state["refreshes"] += 1
-        due = method.refresh.next_refresh(step, refreshes == 0, lambda: self._places()[name], group)
+        due = method.refresh.next_refresh(step, refreshes == 0, lambda: self._places()[name], group, state)
         state["next_refresh"].fill_(due)
         return None if any(specs[key].codec is not None for key in new) else found.projected
 

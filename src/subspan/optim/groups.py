@@ -17,7 +17,7 @@ ALIASES = {"alpha": "scale", "projection_type": "proj_type"}
 # Keys that torch, its schedulers and users put into groups beside the settings of a method.
 BOOKKEEPING = frozenset({"params", "param_names", "initial_lr", "max_lr", "min_lr", "lr_scale", "name"})
 # Keys that decide the shape of the state: they must agree between a checkpoint and the optimizer that loads it.
-STRUCTURAL = ("rank", "density", "proj_type", "moments", "basis_storage", "min_quantized")
+STRUCTURAL = ("rank", "density", "proj_type", "moments", "basis_storage", "min_quantized", "queue_size")
 
 
 def is_projected(group: Group) -> bool:
@@ -83,6 +83,10 @@ def check_group(group: Group, method: Method) -> None:
     if "golore_after" in group:
         after = group["golore_after"]
         demand(after == 0 or _is_count(after), "golore_after", "a step: an integer >= 0")
+    if "queue_size" in group:
+        demand(_is_count(group["queue_size"]), "queue_size", "an integer >= 1")
+        number("gamma_proj", 1.0, "a number >= 1")
+        demand(_is_number(group["cos_threshold"]), "cos_threshold", "a number; 1 is the overlap of equal subspaces")
     if "rtol" in group:
         demand(_is_number(group["rtol"]) and 0.0 < group["rtol"] < 1.0, "rtol", "a number between 0 and 1")
     _check_storage(group, method)

@@ -136,8 +136,16 @@ class Refresh(ABC):
     #: True when a subspace found from the gradient of one step serves from the next one on.
     late: bool = False
 
+    def specs(self, group: Group) -> dict[str, StateSpec]:
+        """State of the rule itself."""
+        return {}
+
+    def compare(self, state: State, old: State, new: State, group: Group) -> None:
+        """Look at the subspace tensors before and after a refresh other than the first one."""
+        return
+
     @abstractmethod
-    def next_refresh(self, step: int, first: bool, place: Callable[[], float], group: Group) -> int:
+    def next_refresh(self, step: int, first: bool, place: Callable[[], float], group: Group, state: State) -> int:
         """Step of the refresh after the one at ``step``; ``place`` gives the place in the period, in [0, 1)."""
 
 
@@ -314,6 +322,7 @@ class Method:
         assert self.refresh is not None
         clock = StateSpec((), torch.int64, host=True)
         specs = step | {"next_refresh": clock, "refreshes": clock} | self.transport.specs()
+        specs |= self.refresh.specs(group)
         if self.refresh.late:
             specs["turned"] = clock
         if not self.subspace.fixed_rank:

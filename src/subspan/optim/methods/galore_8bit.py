@@ -18,7 +18,7 @@ class GaLore8bit(GaLore):
     Args:
         params: a model (with ``rank=...``), groups from `param_groups`, or group dicts.
         lr: learning rate.
-        moments: see `GaLore`.
+        update_proj_gap, moments: see `GaLore`.
         **settings: all other settings of `GaLore`, and with a model those of `param_groups`.
 
     Example:
@@ -32,5 +32,13 @@ class GaLore8bit(GaLore):
 
     _name = "galore_8bit"
 
-    def __init__(self, params: Params, lr: float | Tensor = 1e-2, *, moments: str = "8bit", **settings: Any) -> None:
-        super().__init__(params, lr, moments=moments, **settings)
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-2,
+        *,
+        update_proj_gap: int = 200,
+        moments: str = "8bit",
+        **settings: Any,
+    ) -> None:
+        super().__init__(params, lr, update_proj_gap=update_proj_gap, moments=moments, **settings)
