@@ -17,7 +17,8 @@ GROUP_KEYS: dict[str, dict[str, Any]] = {
     "apollo_mini": {"rank": 1, "update_proj_gap": 4},
     "frugal": {"density": 0.4, "update_proj_gap": 4},
     "galore_8bit": {"rank": 4, "update_proj_gap": 4, "min_quantized": 1},
-    "q_galore": {"rank": 4, "update_proj_gap": 4, "min_quantized": 1},
+    # Its period doubles at every refresh.
+    "q_galore": {"rank": 4, "update_proj_gap": 4, "min_quantized": 1, "queue_size": 1, "cos_threshold": 0.0},
 }
 DEFAULT_GROUP_KEYS: dict[str, Any] = {"rank": 4, "update_proj_gap": 4}
 # A cap above the multiple of 8 to which ranks are rounded.
@@ -30,12 +31,9 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"svd": "exact", "stagger": False},
         {"eps_placement": "before", "decay": "after"},
         {"rank_policy": "tolerance", "rtol": 0.2},
-        {"moments": "4bit", "basis_storage": "int4", "min_quantized": 1},
     ],
-    # Its period doubles at every refresh.
-    "q_galore": [{"queue_size": 1, "cos_threshold": 0.0}],
     "golore": [{"stagger": False}, {"moments": "bfloat16", "basis_storage": "bfloat16", "min_quantized": 1}],
-    "fira": [{"official_code": True}, {"moments": "8bit", "basis_storage": "int8", "min_quantized": 1}],
+    "fira": [{"official_code": True}, {"moments": "4bit", "basis_storage": "int8", "min_quantized": 1}],
     "apollo": [{"store_basis": False}, {"scale_front": True}],
     "frugal": [{"subspace": "rows"}, {"subspace": "svd"}, {"subspace": "stiefel"}],
 }
