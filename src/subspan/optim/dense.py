@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from subspan.optim.apply import store_span
 from subspan.optim.method import Group, Inner, Method, State
 from subspan.optim.tiling import tiles
 from subspan.state import StateSpec
 
-DenseWork = tuple[Tensor, Tensor, State]
+DenseWork = tuple[Tensor, Tensor, State, Tensor | None]
 
 # Elements of a piece of a tensor whose moments are decoded and encoded; a multiple of all blocks.
 _PIECE = 1 << 18
@@ -28,7 +29,8 @@ def step_dense(method: Method, works: list[DenseWork], age: int, group: Group, *
 
     Args:
         method: whose inner rule is stepped, and which knows how its moments are held.
-        works: (parameter of any shape, its gradient, its state) with one group and one age.
+        works: (parameter of any shape, its gradient, its state, its key where it is rounded stochastically) with one
+            group and one age.
         age: number of gradients that the moments have seen, this one included.
         group: the parameters' group.
         beta: decay factor.
@@ -37,7 +39,7 @@ def step_dense(method: Method, works: list[DenseWork], age: int, group: Group, *
     inner = method.inner
     fused: dict[tuple[torch.dtype, torch.device], list[DenseWork]] = {}
     for work in works:
-        W, G, state = work
+        W, G, state, key = work
         moments = method.dense_moments(tuple(W.shape), state_dtype(W), group)
         if any(spec.codec is not None for spec in moments.values()):
             _step_coded(inner, work, moments, age, group, beta=beta, alpha=alpha)
@@ -46,35 +48,34 @@ def step_dense(method: Method, works: list[DenseWork], age: int, group: Group, *
             fused.setdefault((W.dtype, W.device), []).append(work)
         else:
             own = {key: state[key] for key in moments}
-            _step_tiles(inner, W, G, own, age, group, beta=beta, alpha=alpha)
+            _step_tiles(inner, (W, G, own, key), age, group, beta=beta, alpha=alpha)
     for same in fused.values():
-        Ws, Gs, states = (list(column) for column in zip(*same, strict=True))
+        Ws, Gs, states, _ = (list(column) for column in zip(*same, strict=True))
         inner.step_fused(Ws, Gs, states, age, group, beta=beta, alpha=alpha)
 
 
-def _step_tiles(
-    inner: Inner, W: Tensor, G: Tensor, moments: State, age: int, group: Group, *, beta: float, alpha: float
-) -> None:
+def _step_tiles(inner: Inner, work: DenseWork, age: int, group: Group, *, beta: float, alpha: float) -> None:
+    W, G, moments, key = work
     dtype = state_dtype(W)
     if not W.is_contiguous():
         U = inner.direction(G.to(dtype).contiguous(), moments, age, group)
-        W.copy_(W.to(dtype).mul(beta).add_(U, alpha=alpha))
+        store_span(W, W.to(dtype).mul(beta).add_(U, alpha=alpha), key, 0)
         return
     columns = W.shape[-1] if W.ndim > 1 else 1
     W, G = W.view(-1, columns), G.reshape(-1, columns)
-    moments = {key: tensor.view(-1, columns) for key, tensor in moments.items()}
+    moments = {name: tensor.view(-1, columns) for name, tensor in moments.items()}
     for tile in tiles(W):
         out = tile.of(W)
-        part = {key: tile.of(tensor) for key, tensor in moments.items()}
+        part = {name: tile.of(tensor) for name, tensor in moments.items()}
         U = inner.direction(tile.of(G).to(dtype).contiguous(), part, age, group)
-        out.copy_(out.to(dtype).mul(beta).add_(U, alpha=alpha))
+        store_span(out, out.to(dtype).mul(beta).add_(U, alpha=alpha), key, tile.start * columns)
 
 
 def _step_coded(
     inner: Inner, work: DenseWork, specs: dict[str, StateSpec], age: int, group: Group, *, beta: float, alpha: float
 ) -> None:
     """Decode, step and encode piece by piece, so that no whole moment is ever there."""
-    W, G, state = work
+    W, G, state, seed = work
     dtype = state_dtype(W)
     # Blocks are counted anew for each matrix of a stack. Weights in another memory layout are copied.
     matrices = W.reshape(W.shape[0] if W.ndim == 3 else 1, -1)
@@ -94,7 +95,7 @@ def _step_coded(
                 assert spec.codec is not None
                 for suffix, tensor in spec.codec.encode(moments[key]).items():
                     parts[key][suffix].copy_(tensor)
-            out.copy_(out.to(dtype).mul(beta).add_(U, alpha=alpha))
+            store_span(out, out.to(dtype).mul(beta).add_(U, alpha=alpha), seed, index * weight.numel() + start)
     if matrices.data_ptr() != W.data_ptr():
         W.copy_(matrices.view(W.shape))
 

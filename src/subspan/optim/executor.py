@@ -138,7 +138,7 @@ class Executor(StoredOptimizer):
             group = same[0].group
             beta, alpha = self._factors(group)
             tensors = [
-                (work.parameter, work.gradient, self.state[work.parameter])
+                (work.parameter, work.gradient, self.state[work.parameter], self._rounding_key(work.name, group, age))
                 for work in same
                 if work.gradient is not None
             ]
@@ -343,7 +343,9 @@ class Executor(StoredOptimizer):
         correction = method.inner.correction(first.age, group)
         update = method.lift.lift(Step(G, R, U, projection, tensors, group, correction))
         beta, alpha = self._factors(group)
-        apply_update(W, G, projection, update, beta=beta, alpha=alpha)
+        keys = [self._rounding_key(task.name, group, int(task.state["step"])) for task in bucket]
+        known = [key for key in keys if key is not None]
+        apply_update(W, G, projection, update, beta=beta, alpha=alpha, keys=gather(known) if known else None)
 
         scatter_state(changed, tensors, [task.state for task in bucket])
         scatter(W, parameters)
@@ -363,6 +365,13 @@ class Executor(StoredOptimizer):
             operator = DenseOperator(oriented(task.parameter, task.right))  # for its shape alone
             found.append(subspace.find(operator, task.geometry, generator=generator, step=0, group=task.group).tensors)
         return {key: gather([tensors[key] for tensors in found]) for key in specs}
+
+    def _rounding_key(self, name: str, group: dict[str, Any], step: int) -> Tensor | None:
+        """Key of the random numbers that round one parameter in one step; None where it is rounded to nearest."""
+        if group.get("rounding", "nearest") == "nearest":
+            return None
+        generator = seeded_generator(self.seed, name, "rounding", step)
+        return torch.randint(-(1 << 63), (1 << 63) - 1, (), generator=generator)
 
     def _factors(self, group: dict[str, Any]) -> tuple[float, float]:
         """(beta, alpha) of W <- beta·W + alpha·D."""

@@ -117,6 +117,14 @@ def _check_storage(group: Group, method: Method) -> None:
         raise ValueError(
             f"{method.name}: moments={moments!r}, but {method.inner} keeps no moments; leave moments out, or take Adam"
         )
+    rounding = group.get("rounding", "nearest")
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"{method.name}: rounding={rounding!r}: choose 'nearest' or 'stochastic'")
+    if rounding == "stochastic" and any(parameter.dtype == torch.float16 for parameter in group["params"]):
+        raise ValueError(
+            f"{method.name}: rounding='stochastic' is for bfloat16 weights, and there are float16 ones; leave it out, "
+            "or train in bfloat16"
+        )
     if basis == "float32" or not is_projected(group):
         return
     assert method.subspace is not None and method.refresh is not None

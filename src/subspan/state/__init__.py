@@ -1,7 +1,7 @@
 """Declarations of optimizer state, and how it is held."""
 
 from subspan.state.codec import BFloat16, Blockwise, Codec, basis_codec, moment_codec
-from subspan.state.rounding import round_stochastically
+from subspan.state.rounding import random_bits, round_stochastically
 from subspan.state.spec import StateSpec, stored
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "StateSpec",
     "basis_codec",
     "moment_codec",
+    "random_bits",
     "round_stochastically",
     "stored",
 ]

@@ -68,7 +68,8 @@ class BFloat16(Codec):
 
     def encode(self, X: Tensor, generator: torch.Generator | None = None) -> Coded:
         if generator is not None:
-            return {"": round_stochastically(X.float(), generator)}
+            bits = torch.randint(0, 1 << 16, X.shape, generator=generator).to(X.device)
+            return {"": round_stochastically(X.float(), bits)}
         return {"": X.to(torch.bfloat16, memory_format=torch.contiguous_format)}
 
     def decode(self, coded: Coded, shape: tuple[int, ...]) -> Tensor:

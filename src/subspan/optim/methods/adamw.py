@@ -22,7 +22,7 @@ class AdamW(LowRankOptimizer):
         betas: decay rates of the moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
-        moments, min_quantized: as for `GaLore`; of a model's matrices all but embeddings and heads count.
+        moments, min_quantized, rounding: as for `GaLore`; of a model's matrices all but embeddings and heads count.
         seed, nonfinite: see `LowRankOptimizer`.
         **grouping: with a model: settings of `param_groups`.
 
@@ -43,6 +43,7 @@ class AdamW(LowRankOptimizer):
         *,
         moments: str = "float32",
         min_quantized: int = 4096,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
         seed: int = 0,
         nonfinite: Literal["skip", "raise"] = "skip",
         **grouping: Any,
@@ -56,5 +57,6 @@ class AdamW(LowRankOptimizer):
             "weight_decay": weight_decay,
             "moments": moments,
             "min_quantized": min_quantized,
+            "rounding": rounding,
         }
         super().__init__(params, Method("adamw", Adam()), defaults, seed=seed, nonfinite=nonfinite, grouping=grouping)

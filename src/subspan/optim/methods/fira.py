@@ -28,7 +28,7 @@ class Fira(LowRankOptimizer):
         limiter: γ of the norm-growth limiter; None for none.
         update_proj_gap, scale, proj_type, svd, rank_policy, rtol, stagger, eps_placement: as for `GaLore`.
         official_code: subtract scale·QR instead of QR, as the official code does.
-        moments, basis_storage, min_quantized: as for `GaLore`.
+        moments, basis_storage, min_quantized, rounding: as for `GaLore`.
         seed, nonfinite: see `LowRankOptimizer`.
         **grouping: with a model: settings of `param_groups` such as ``rank`` and ``target_modules``.
 
@@ -61,6 +61,7 @@ class Fira(LowRankOptimizer):
         moments: str = "float32",
         basis_storage: str = "float32",
         min_quantized: int = 4096,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
         seed: int = 0,
         nonfinite: Literal["skip", "raise"] = "skip",
         **grouping: Any,
@@ -87,5 +88,6 @@ class Fira(LowRankOptimizer):
             "moments": moments,
             "basis_storage": basis_storage,
             "min_quantized": min_quantized,
+            "rounding": rounding,
         }
         super().__init__(params, method, defaults, seed=seed, nonfinite=nonfinite, grouping=grouping)

@@ -40,7 +40,7 @@ class FRUGAL(LowRankOptimizer):
         subspace: ``"blocks"`` (whole tensors, the last first), ``"rows"`` (coordinates), ``"svd"``,
             ``"randomized_svd"`` or ``"stiefel"``; all but blocks also take a ``rank`` in the group instead of
             ``density``.
-        moments, basis_storage, min_quantized: as for `GaLore`.
+        moments, basis_storage, min_quantized, rounding: as for `GaLore`.
         seed, nonfinite: see `LowRankOptimizer`.
         **grouping: with a model: settings of `param_groups` such as ``target_modules``.
 
@@ -70,6 +70,7 @@ class FRUGAL(LowRankOptimizer):
         moments: str = "float32",
         basis_storage: str = "float32",
         min_quantized: int = 4096,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
         seed: int = 0,
         nonfinite: Literal["skip", "raise"] = "skip",
         **grouping: Any,
@@ -102,5 +103,6 @@ class FRUGAL(LowRankOptimizer):
             "moments": moments,
             "basis_storage": basis_storage,
             "min_quantized": min_quantized,
+            "rounding": rounding,
         }
         super().__init__(params, method, defaults, seed=seed, nonfinite=nonfinite, grouping=grouping)

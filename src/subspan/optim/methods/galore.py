@@ -44,6 +44,8 @@ class GaLore(LowRankOptimizer):
         basis_storage: how the basis is held: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``. What it is
             rounded to projects and projects back.
         min_quantized: tensors of state with fewer elements keep float32.
+        rounding: of bfloat16 weights, once a step: to ``"nearest"``, or ``"stochastic"``, which keeps small steps in
+            the mean.
         seed, nonfinite: see `LowRankOptimizer`.
         **grouping: with a model: settings of `param_groups` such as ``rank`` and ``target_modules``.
 
@@ -81,6 +83,7 @@ class GaLore(LowRankOptimizer):
         moments: str = "float32",
         basis_storage: str = "float32",
         min_quantized: int = 4096,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
         seed: int = 0,
         nonfinite: Literal["skip", "raise"] = "skip",
         **grouping: Any,
@@ -107,5 +110,6 @@ class GaLore(LowRankOptimizer):
             "moments": moments,
             "basis_storage": basis_storage,
             "min_quantized": min_quantized,
+            "rounding": rounding,
         }
         super().__init__(params, method, defaults, seed=seed, nonfinite=nonfinite, grouping=grouping)

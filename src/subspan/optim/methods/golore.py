@@ -28,7 +28,7 @@ class GoLore(LowRankOptimizer):
         golore_after: step from which refreshes draw random subspaces; 0: always.
         update_proj_gap, scale, proj_type, svd, stagger, refresh, inner: as for `GaLore`.
         rank_policy, rtol: as for `GaLore`, while subspaces are those of the gradient; random ones take all of ``rank``.
-        moments, basis_storage, min_quantized: as for `GaLore`.
+        moments, basis_storage, min_quantized, rounding: as for `GaLore`.
         seed, nonfinite: see `LowRankOptimizer`.
         **grouping: with a model: settings of `param_groups` such as ``rank`` and ``target_modules``.
 
@@ -64,6 +64,7 @@ class GoLore(LowRankOptimizer):
         moments: str = "float32",
         basis_storage: str = "float32",
         min_quantized: int = 4096,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
         seed: int = 0,
         nonfinite: Literal["skip", "raise"] = "skip",
         **grouping: Any,
@@ -95,5 +96,6 @@ class GoLore(LowRankOptimizer):
             "moments": moments,
             "basis_storage": basis_storage,
             "min_quantized": min_quantized,
+            "rounding": rounding,
         }
         super().__init__(params, method, defaults, seed=seed, nonfinite=nonfinite, grouping=grouping)

@@ -31,7 +31,7 @@ class QGaLore(LowRankOptimizer):
         queue_size: number of refreshes in a row.
         update_proj_gap: steps between refreshes at first.
         official_code: the period follows the official code, see `LazyGap`.
-        scale, proj_type, svd, stagger, moments, basis_storage, min_quantized: as for `GaLore`.
+        scale, proj_type, svd, stagger, moments, basis_storage, min_quantized, rounding: as for `GaLore`.
         seed, nonfinite: see `LowRankOptimizer`.
         **grouping: with a model: settings of `param_groups` such as ``rank`` and ``target_modules``.
 
@@ -64,6 +64,7 @@ class QGaLore(LowRankOptimizer):
         moments: str = "8bit",
         basis_storage: str = "int4",
         min_quantized: int = 4096,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
         seed: int = 0,
         nonfinite: Literal["skip", "raise"] = "skip",
         **grouping: Any,
@@ -91,5 +92,6 @@ class QGaLore(LowRankOptimizer):
             "moments": moments,
             "basis_storage": basis_storage,
             "min_quantized": min_quantized,
+            "rounding": rounding,
         }
         super().__init__(params, method, defaults, seed=seed, nonfinite=nonfinite, grouping=grouping)
