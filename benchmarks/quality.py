@@ -36,7 +36,7 @@ import torch
 from record import RESULTS, environment, import_peer
 from torch import Tensor
 
-OURS = ("galore", "golore", "fira", "apollo", "apollo_mini", "frugal")
+OURS = ("galore", "golore", "fira", "apollo", "apollo_mini", "frugal", "galore_projected")
 CONTENDERS = ("adamw", "galore_torch", *OURS)
 #: What makes two runs comparable; `lr`, `ratio` and `contender` vary within it.
 COMMON = ("model", "steps", "batch_size", "seq_len", "rank", "gap", "precision", "warm_up", "final_lr")
@@ -102,6 +102,12 @@ def make_optimizer(
         settings["rank"] = None
         settings["density"] = 0.25
     groups = param_groups(model, lr_scale=ratio, **settings)
+    if name == "galore_projected":
+        from subspan.nn import project_gradients
+
+        optimizer = create_optimizer("galore", groups, lr=lr, weight_decay=0.0)
+        project_gradients(model, optimizer)
+        return optimizer
     return create_optimizer(name, groups, lr=lr, weight_decay=0.0)
 
 

@@ -60,7 +60,7 @@ def test_what_is_measured_and_what_is_written(tmp_path: Path, no_picture: None) 
         values = sigma(result.matrix.partition(" ")[2], k)
         assert result.optimum == pytest.approx((values[: k // 4].norm() / values.norm()).item(), abs=1e-6)
         methods = by_name(result)
-        assert len(methods) == 24
+        assert len(methods) == 25
         for method in methods.values():
             if method.reason is not None:
                 assert method.units is None and method.energy is None

@@ -146,6 +146,15 @@ def test_more_steps_than_there_are(folder: Path, tmp_path: Path, given: str, ste
         analyse(folder / given, tmp_path, what="gradients", steps=steps)
 
 
+@pytest.mark.parametrize("gradient", ["fused", "projected"])
+def test_a_run_without_gradients_between_its_steps(tmp_path: Path, no_pictures: None, gradient: str) -> None:
+    run(tmp_path, steps=2, save_every=2, gradient=gradient, max_grad_norm=0.0)
+    with pytest.raises(ValueError, match=f"has gradient '{gradient}': it keeps no gradients .* Take --batches"):
+        analyse(tmp_path / "run", tmp_path / "out", what="gradients", steps=2)
+    result, _ = analyse(tmp_path / "run", tmp_path / "out", what="gradients", batches=1, layers="proj")
+    assert all(row.figures is not None for row in result.spectra["gradients"].rows)
+
+
 def test_all_of_a_run(folder: Path, tmp_path: Path, no_pictures: None) -> None:
     saved = tmp_path / "gradients.safetensors"
     result, out = analyse(folder, tmp_path / "out", what="all", batches=2, save_gradients=str(saved))

@@ -134,6 +134,16 @@ def test_mixed_random_matrices_are_never_above_the_tolerance() -> None:
         assert optimal <= found.rank <= math.ceil(1.2 * optimal) + 1
 
 
+@pytest.mark.parametrize("method", [*EXACT, "householder_left"])
+@pytest.mark.parametrize(("m", "n", "block_size"), [(16, 13, 8), (24, 22, 3), (18, 16, 8), (21, 12, 2)])
+def test_the_last_directions_are_found_too(method: str, m: int, n: int, block_size: int) -> None:
+    # The last panel has as many columns as directions are left. These test matrices are all but singular there.
+    A = torch.randn(m, n, generator=torch.Generator().manual_seed(m * 100 + n))
+    found = find(A, rtol=0.0, method=method, block_size=block_size)
+    assert found.rank == n
+    assert true_error(A, found.basis()) <= 2e-6 * A.norm()
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(1, 24),

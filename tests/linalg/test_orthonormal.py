@@ -119,6 +119,7 @@ def test_orthogonality_error_is_the_spectral_norm() -> None:
 def test_canonical_signs() -> None:
     Q = torch.tensor([[1.0, -3.0, 0.0], [-2.0, 2.0, 0.0]])
     assert canonical_signs(Q).tolist() == [[-1.0, -1.0, 1.0]]
+    assert canonical_signs(torch.tensor([[-2.0, 0.0], [2.0, -0.0]])).tolist() == [[1.0, 1.0]]  # ties
     Q = torch.randn(4, 9, 5)
     signs = canonical_signs(Q)
     assert signs.shape == (4, 1, 5)

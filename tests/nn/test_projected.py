@@ -328,3 +328,18 @@ def test_a_layer_with_a_forward_of_its_own_is_folded() -> None:
     assert model[1].weight.grad is None
     assert set(optimizer._folded) == {"1.weight"}
     optimizer.step()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("projected", [True, False])
+def test_training_on_a_device_follows_that_on_the_cpu(projected: bool) -> None:
+    one, other = Network(), Network().cuda()
+    train(one, build(one, projected=projected))
+    ours = build(other, projected=projected)
+    for step in range(3 * GAP):
+        x, y = (tensor.cuda() for tensor in batch(step))
+        (other(x) - y).square().mean().backward()
+        ours.step()
+        ours.zero_grad()
+    assert difference(one, other.cpu()) < 1e-3

@@ -241,6 +241,7 @@ class TestMoments:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"rtol": 0.2}, "rtol=0.2 is for rank_policy='tolerance', and rank_policy='fixed'"),
         ({"rank_policy": "energy"}, "rank_policy='energy': choose 'fixed' or 'tolerance'"),
         ({"rank_policy": "tolerance", "rtol": 0.0}, "rtol=0.0 is not allowed; it must be a number between 0 and 1"),
         ({"rank_policy": "tolerance", "rtol": 1}, "rtol=1 is not allowed"),

@@ -330,3 +330,18 @@ def test_the_folder_without_output(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert run(tmp_path, output=None, steps=2).output == "runs/galore-model-2"
     assert run(tmp_path, output=None, steps=2, resume="auto").output == "runs/galore-model-2"
     assert run(tmp_path, output=None, steps=2).output == "runs/galore-model-3"
+
+
+def test_a_mixture_of_experts_continues_with_its_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are saved under other names than they have in memory."""
+    experts = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 2}
+    changes = settings(tmp_path) | {"rank": 4}
+    config = json.loads((tmp_path / "model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps(config | experts | {"num_experts_per_tok": 1}))
+    whole = run(tmp_path, **changes | {"output": str(tmp_path / "whole")})
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stop_after(patch, 7)
+        run(tmp_path, **changes | {"output": str(tmp_path / "cut")})
+    resumed = run(tmp_path, **changes | {"output": str(tmp_path / "cut"), "resume": "auto"})
+    assert resumed.eval_loss == whole.eval_loss
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut", 12)

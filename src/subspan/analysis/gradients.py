@@ -144,8 +144,13 @@ def repeated_gradients(
         The step at which it started.
 
     Raises:
-        ValueError: the run has not so many steps left.
+        ValueError: the run has not so many steps left, or never holds its gradients.
     """
+    if config.gradient != "full":
+        raise ValueError(
+            f"steps is {steps}, but the run has gradient {config.gradient!r}: it keeps no gradients between backward "
+            "and step. Take --batches, which needs the weights alone."
+        )
     start = _start(source, config, steps)
     # A model that is loaded from the checkpoint has its experts as transformers fuses them; resuming alone does not.
     model_path = str(start.path) if start else config.model

@@ -13,7 +13,7 @@ from torch import Tensor
 
 __all__ = ["MatrixSpectrum", "SpectrumFigures", "lora_rank", "matrix_spectrum", "projection_rank", "spectrum_figures"]
 
-#: A longer short side would need gigabytes for its Gram matrix, and an hour for its eigenvalues.
+#: A longer short side would take gigabytes for its Gram matrix, and many minutes for the eigenvalues of it.
 LARGEST_SIDE = 8192
 #: Elements that are converted to float64 at a time.
 _TILE = 2**22

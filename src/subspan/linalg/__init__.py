@@ -8,6 +8,7 @@ from subspan.linalg.adaptive import AdaptiveMethod, adaptive_range_finder
 from subspan.linalg.compact_wy import CompactWY
 from subspan.linalg.exact import exact_basis, gram_basis
 from subspan.linalg.gram_schmidt import blocked_gram_schmidt
+from subspan.linalg.krylov import krylov_range_finder
 from subspan.linalg.operator import DenseOperator, MatrixOperator, as_operator
 from subspan.linalg.orthonormal import (
     OrthonormalMethod,
@@ -83,6 +84,7 @@ __all__ = [
     "grassmann_step",
     "hadamard_sketch",
     "hosvd",
+    "krylov_range_finder",
     "largest_rows",
     "nuclear_norm_bound",
     "oja_step",

@@ -43,7 +43,7 @@ def adaptive_range_finder(
     ======================  =================================================================  ==============
     method                  how                                                                error
     ======================  =================================================================  ==============
-    ``"sketch"``            rank from one sketch, one iteration, cut by eigenvalues            exact
+    ``"sketch"``            block Krylov space from a sketch, cut by eigenvalues               exact
     ``"householder"``       right-looking: a copy of A is reflected; QᵀA comes for free        exact
     ``"householder_left"``  left-looking: A is only multiplied; fastest of the blocked ones    estimate
     ``"gram_schmidt"``      blocked randQB, orthogonalised twice, A is only multiplied         exact

@@ -54,6 +54,10 @@ def blocked_gram_schmidt(
         block = orthonormalize(Y)
         if reorthogonalize:
             block = orthogonal_to(Q, block)
+            if Q.shape[-1] + block.shape[-1] == min(problem.m, problem.n):
+                # As many columns as directions are left: a square Gaussian matrix may be all but singular.
+                W = orthonormalize(problem.coordinates(block).mT)
+                block = orthogonal_to(Q, orthonormalize(problem.operator.matmul(W * problem.scale)))
         if rest is None:
             rows = problem.coordinates(block)
             squared_error = squared_error - squared_frobenius(rows)

@@ -6,6 +6,7 @@ import torch
 
 from subspan.linalg.compact_wy import CompactWY
 from subspan.linalg.operator import squared_frobenius
+from subspan.linalg.orthonormal import orthonormalize
 from subspan.linalg.overlap import SketchQueue
 from subspan.linalg.tolerance import AdaptiveResult, FixedPrecision
 
@@ -32,17 +33,23 @@ def householder_right(problem: FixedPrecision) -> AdaptiveResult:
     squared_error = problem.total.clone()
     Q: CompactWY | None = None
     done = 0
-    while done < problem.max_rank and not problem.met(squared_error):
-        width = min(problem.block_size, problem.max_rank - done)
-        rest = B[..., done:, :]
-        # B holds sA already: the test matrix must not be scaled again.
-        panel, _ = CompactWY.factor(rest @ (problem.test_matrix(width) / problem.scale))
-        panel.reflect_(rest)
-        squared_error = squared_error - squared_frobenius(B[..., done : done + width, :])
-        Q = panel if Q is None else Q.then(panel)
-        done += width
-        if done >= problem.max_rank or bool((squared_error <= torch.maximum(problem.target, problem.trust)).any()):
-            squared_error = squared_frobenius(B[..., done:, :])
+    with SketchQueue(problem, multiply=False) as test_matrices:
+        while done < problem.max_rank and not problem.met(squared_error):
+            width = min(problem.block_size, problem.max_rank - done)
+            following = min(problem.block_size, problem.max_rank - done - width) or None
+            rest = B[..., done:, :]
+            # B holds sA already: the test matrix must not be scaled again.
+            Y = rest @ (test_matrices.take(width, following) / problem.scale)
+            if done + width == min(problem.m, problem.n):
+                # As many columns as directions are left: a square Gaussian matrix may be all but singular.
+                Y = rest @ orthonormalize(rest.mT @ orthonormalize(Y))
+            panel, _ = CompactWY.factor(Y)
+            panel.reflect_(rest)
+            squared_error = squared_error - squared_frobenius(B[..., done : done + width, :])
+            Q = panel if Q is None else Q.then(panel)
+            done += width
+            if done >= problem.max_rank or bool((squared_error <= torch.maximum(problem.target, problem.trust)).any()):
+                squared_error = squared_frobenius(B[..., done:, :])
     return AdaptiveResult(
         problem,
         rank=done,
@@ -79,6 +86,11 @@ def householder_left(problem: FixedPrecision) -> AdaptiveResult:
             squared_error = squared_frobenius(panel) / width
             if done >= problem.max_rank or problem.met(squared_error):
                 break
+            if done + width == min(problem.m, problem.n):
+                # As many columns as directions are left: a square Gaussian matrix may be all but singular.
+                last = Q.apply(torch.nn.functional.pad(orthonormalize(panel), (0, 0, done, 0)))
+                W = orthonormalize(problem.coordinates(last).mT)
+                panel = Q.apply_transpose(problem.operator.matmul(W * problem.scale))[..., done:, :]
             Q = Q.append_panel(panel)
             done += width
     return AdaptiveResult(problem, rank=done, squared_error=squared_error, error_kind="estimate", compact_wy=Q)

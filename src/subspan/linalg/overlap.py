@@ -20,8 +20,12 @@ class SketchQueue:
     are those of the plain order, which a CPU runs (its BLAS has all cores at work already). What was drawn ahead and
     never taken is put back: the generator is left where the plain order leaves it.
 
+    A right-looking finder multiplies what the panels leave of A: its next product has to wait for the panel, and only
+    the random numbers are ahead.
+
     Args:
         problem: the matrix and its generator.
+        multiply: give sketches AΩ; otherwise the test matrices Ω alone.
 
     Example:
         >>> from subspan.linalg import seeded_generator
@@ -32,8 +36,8 @@ class SketchQueue:
         torch.Size([3, 2])
     """
 
-    def __init__(self, problem: FixedPrecision) -> None:
-        self._problem = problem
+    def __init__(self, problem: FixedPrecision, *, multiply: bool = True) -> None:
+        self._problem, self._multiply = problem, multiply
         self._ahead: tuple[int, Tensor, torch.cuda.Event, Tensor] | None = None
         device = problem.operator.device
         self._queues: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
@@ -43,9 +47,9 @@ class SketchQueue:
                 queue.wait_stream(torch.cuda.current_stream(device))  # A may still be in the making
 
     def take(self, width: int, following: int | None = None) -> Tensor:
-        """The next sketch, (..., m, width); ``following`` is the width of the one to begin meanwhile."""
+        """The next sketch (..., m, width), or test matrix (..., n, width); ``following``: width to begin meanwhile."""
         if self._queues is None:
-            return self._problem.sketch(width)
+            return self._problem.sketch(width) if self._multiply else self._problem.test_matrix(width)
         if self._ahead is None or self._ahead[0] != width:
             self._put_back()
             self._begin(width)
@@ -64,16 +68,17 @@ class SketchQueue:
         numbers, products = self._queues
         before = self._state()
         with torch.cuda.stream(numbers):
-            Omega = self._problem.test_matrix(width)
-            drawn = torch.cuda.Event()
-            drawn.record(numbers)
-        with torch.cuda.stream(products):
-            products.wait_event(drawn)
-            Omega.record_stream(products)
-            Y = self._problem.operator.matmul(Omega)
+            taken = self._problem.test_matrix(width)
             ready = torch.cuda.Event()
-            ready.record(products)
-        self._ahead = (width, Y, ready, before)
+            ready.record(numbers)
+        if self._multiply:
+            with torch.cuda.stream(products):
+                products.wait_event(ready)
+                taken.record_stream(products)
+                taken = self._problem.operator.matmul(taken)
+                ready = torch.cuda.Event()
+                ready.record(products)
+        self._ahead = (width, taken, ready, before)
 
     def _state(self) -> Tensor:
         generator = self._problem.generator

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from subspan.linalg.exact import exact_basis, gram_basis
+from subspan.linalg.krylov import krylov_range_finder
 from subspan.linalg.operator import MatrixOperator, as_operator
 from subspan.linalg.range_finder import RangeFinderResult, range_finder
 
 __all__ = ["MethodChoice", "SubspaceMethod", "choose_method", "subspace"]
 
-SubspaceMethod = Literal["auto", "sketch", "power", "gram", "svd"]
+SubspaceMethod = Literal["auto", "sketch", "power", "krylov", "gram", "svd"]
 
 # A side at which a full SVD takes no longer than the calls of the other methods.
 _SHORT = 32
@@ -84,6 +85,7 @@ def subspace(
     ============  ====================================================  ==================================
     ``"sketch"``  :func:`range_finder`                                  0.91 of the energy at σ_i = i^-1/2
     ``"power"``   :func:`range_finder` with one power iteration         0.98 of it
+    ``"krylov"``  :func:`krylov_range_finder`                           0.99 of it
     ``"gram"``    :func:`gram_basis`                                    exact down to √u·σ₁
     ``"svd"``     :func:`exact_basis`                                   exact
     ``"auto"``    chosen by shape, rank and device; :func:`choose_method` says which one and why
@@ -114,4 +116,6 @@ def subspace(
         return gram_basis(operator, rank)
     if method in ("sketch", "power"):
         return range_finder(operator, rank, generator=generator, n_iter=int(method == "power"))
-    raise ValueError(f"method={method!r} is unknown: choose 'auto', 'sketch', 'power', 'gram' or 'svd'")
+    if method == "krylov":
+        return krylov_range_finder(operator, rank, generator=generator)
+    raise ValueError(f"method={method!r} is unknown: choose 'auto', 'sketch', 'power', 'krylov', 'gram' or 'svd'")

@@ -8,9 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from subspan.linalg.gram_schmidt import orthogonal_to
-from subspan.linalg.operator import squared_frobenius
-from subspan.linalg.orthonormal import canonical_signs, orthonormalize
+from subspan.linalg.krylov import KrylovSpace
+from subspan.linalg.orthonormal import canonical_signs
 from subspan.linalg.tolerance import AdaptiveResult, FixedPrecision
 
 __all__ = ["residual_curve", "truncated_sketch"]
@@ -78,51 +77,39 @@ def truncated_sketch(problem: FixedPrecision) -> AdaptiveResult:
     short = min(problem.m, problem.n)
     limit = min(short, math.ceil(_SPARE * problem.max_rank) + 8)
     step = min(math.ceil(limit / 2), max(_WIDE, math.ceil(_BLOCK * short)))
-    Q = orthonormalize(problem.sketch(step))
-    W = problem.coordinates(Q).mT
-    before, outside = problem.total, problem.trusted_residual(Q, W.mT, problem.total - squared_frobenius(W))
+    space = KrylovSpace(problem, step)
+    before, outside = problem.total, space.residual()
     columns = step
-    while (width := Q.shape[-1]) < limit:
+    while space.width < limit:
         # The residual falls as an exponential, or more slowly: what is predicted too early is corrected block by block.
-        crossing = width + columns * _blocks_to(_ENOUGH * problem.target, before, outside)
-        missing = max(step + _NARROWEST, min(limit, _BEYOND * crossing)) - width
-        if missing < _NARROWEST and bool((outside <= _ENOUGH * problem.target).all()):
+        ahead = _blocks_to(_ENOUGH * problem.target, before, outside)
+        missing = max(step + _NARROWEST, min(limit, _BEYOND * (space.width + columns * ahead))) - space.width
+        if missing < _NARROWEST and ahead <= 0:
             break
-        columns = min(step, max(_NARROWEST, math.ceil(missing)), limit - width)
-        # Columns of Q are multiplied in the order in which they were found; those of one block are always waiting.
-        block = _next_block(problem, Q, W[..., width - step : width - step + columns])
-        coordinates = problem.coordinates(block).mT
-        # Joined as rows of Qᵀ: the columns of a QR lie one after the other in memory.
-        Q, W = torch.cat([Q.mT, block.mT], dim=-2).mT, torch.cat([W, coordinates], dim=-1)
-        before, outside = outside, problem.trusted_residual(Q, W.mT, outside - squared_frobenius(coordinates))
-    if width == short and (problem.tight or not problem.met(outside)):
+        columns = min(step, max(_NARROWEST, math.ceil(missing)), limit - space.width)
+        space.grow(columns)
+        before, outside = outside, space.residual()
+    if space.width == short and (problem.tight or not problem.met(outside)):
         # As many columns as A has directions, yet some are missing, which were all but rounding where the blocks looked
-        # for them: one iteration of all columns.
-        Q = orthonormalize(problem.operator.matmul(orthonormalize(W) * problem.scale))
-        W = problem.coordinates(Q).mT
-        outside = problem.trusted_residual(Q, W.mT, problem.total - squared_frobenius(W))
-    leading = _Eigenbasis(problem, Q, W, outside)
+        # for them.
+        space.iterate()
+        outside = space.residual()
+    leading = _Eigenbasis(problem, space.Q, space.W, outside)
     return leading.cut(min(leading.rank(), problem.max_rank))
 
 
 def _blocks_to(target: Tensor, before: Tensor, after: Tensor) -> float:
-    """Blocks until a residual that falls as from ``before`` to ``after`` meets its target, negative if it has."""
-    ahead = (after / target).log() / (before / after).log()
-    return float(ahead.nan_to_num(0.0, posinf=math.inf, neginf=0.0).max())
-
-
-def _next_block(problem: FixedPrecision, Q: Tensor, W: Tensor) -> Tensor:
-    """Orthonormal columns of (I − QQᵀ)AW for the W = AᵀQ_i of columns Q_i that were not multiplied yet."""
-    if problem.tight:
-        # A tight tolerance needs the directions that the square of the condition number would drown.
-        W = orthonormalize(W)
-    Y = problem.operator.matmul(W * problem.scale)
-    new = Y - Q @ (Q.mT @ Y)
-    # What is left of a space that A maps to itself, as of equal singular values, is rounding.
-    exhausted = squared_frobenius(new) <= torch.finfo(Y.dtype).eps * squared_frobenius(Y)
-    if bool(exhausted.any()):
-        new = torch.where(exhausted[..., None, None], problem.sketch(Y.shape[-1]), new)
-    return orthogonal_to(Q, orthonormalize(new))
+    """Blocks until residuals that fall as from ``before`` to ``after`` meet their targets; not positive if they do."""
+    most = -math.inf
+    for goal, old, new in torch.stack([target, before, after]).reshape(3, -1).T.tolist():
+        if new <= 0:
+            blocks = 0.0
+        elif goal <= 0 or new >= old:
+            blocks = math.inf if new > goal else 0.0
+        else:
+            blocks = math.log(new / goal) / math.log(old / new)
+        most = max(most, blocks)
+    return most
 
 
 class _Eigenbasis:

@@ -36,7 +36,7 @@ class PretrainConfig:
         vocab_size: Tokens of the BPE that is trained; the model gets the same vocabulary.
         validation: Share of the text that is held out for validation.
         rank: Directions kept of each projected matrix. None: the method's own, else a quarter of the hidden width.
-            With ``--optimizer.rank_policy tolerance --optimizer.rtol 0.3`` each matrix gets as many as leave at most
+            With ``--optimizer.rank_policy tolerance --optimizer.rtol 0.2`` each matrix gets as many as leave at most
             the share `rtol` of its gradient's norm outside, and `rank` is the most (None: half of the hidden width).
         target_modules: Which matrices to project: ``all-linear``, a regular expression, or a list of names.
         exclude: Names of modules that stay dense in spite of `target_modules`.
@@ -59,6 +59,7 @@ class PretrainConfig:
             projection only, and accumulate and clip that; the other methods update the weights in backward, which
             needs ``--max_grad_norm 0`` and no accumulation; or projected (GaLore, GoLore): linear layers compute the
             projection alone, which saves time too.
+        chunked_loss: Compute the loss some tokens at a time, so that the logits of all of them never exist at once.
         activation_checkpointing: Recompute activations in the backward pass: less memory, more time.
         eval_every: Steps between evaluations on the held-out text; 0 evaluates at the end only.
         eval_batches: Batches in an evaluation.
@@ -95,6 +96,7 @@ class PretrainConfig:
     seq_len: int = 128
     dtype: Literal["float32", "bfloat16", "amp"] = "float32"
     gradient: Literal["full", "fused", "projected"] = "full"
+    chunked_loss: bool = False
     activation_checkpointing: bool = False
     eval_every: int = 200
     eval_batches: int = 40

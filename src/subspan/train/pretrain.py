@@ -17,6 +17,7 @@ from subspan.memory import plan
 from subspan.train.callbacks import MetricsCallback, MetricsFile, ProgressCallback, StopCallback
 from subspan.train.config import PretrainConfig, write_text
 from subspan.train.data import PackedDataset, StreamedDataset, TextData, load_data
+from subspan.train.loss import check_chunked_loss
 from subspan.train.optimizer import check_settings, resolve
 from subspan.train.presets import build_model, model_tokenizer
 from subspan.train.ranks import RanksCallback, mean_rank, plot_ranks
@@ -138,6 +139,8 @@ def load_run(config: PretrainConfig, console: Console) -> tuple[TextData, PreTra
             dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32,
         )
     model.config.use_cache = False
+    if config.chunked_loss:
+        check_chunked_loss(model)
     # The Trainer would do the same, with a warning.
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         for settings in (model.config, model.generation_config):

@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from subspan.optim import LowRankOptimizer
 from subspan.train.config import PretrainConfig, write_text
 from subspan.train.data import StreamedDataset
+from subspan.train.loss import chunked_loss
 from subspan.train.optimizer import build_optimizer, check_optimizer
+from subspan.train.presets import build_model
 from subspan.train.ranks import varying_ranks
 
 __all__ = ["CHECKPOINT", "PROGRESS_FILE", "STAGING", "PretrainTrainer", "peak_memory_bytes"]
@@ -123,6 +125,17 @@ class PretrainTrainer(Trainer):
             logs["eval_perplexity"] = perplexity(logs["eval_loss"])
         super().log(logs, *args, **kwargs)
 
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss, computed in chunks where that is asked for."""
+        if not self.config.chunked_loss:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.accelerator.autocast():  # which is around the model's own forward only
+            assert isinstance(self.network, PreTrainedModel)
+            loss = chunked_loss(self.network, inputs["input_ids"], inputs["labels"], num_items_in_batch)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate, outside the seconds that count as training."""
         metrics = super().evaluate(*args, **kwargs)
@@ -132,6 +145,17 @@ class PretrainTrainer(Trainer):
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, STAGING) if self._staging else folder
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load the weights as transformers loads a model: the Trainer itself takes the names in the files for its own.
+
+        A mixture of experts is saved under other names than it has in memory; the Trainer warns of missing keys, and
+        goes on with the initial weights of its experts.
+        """
+        target = self.network if model is None else model
+        dtype = next(target.parameters()).dtype
+        saved = build_model(str(resume_from_checkpoint), seq_len=self.config.seq_len, dtype=dtype)
+        target.load_state_dict(saved.state_dict())
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint into a folder that is never resumed from, and rename it when it is complete."""

@@ -11,7 +11,7 @@ from subspan.optim.lift import ScaledResidual
 from subspan.optim.method import Method
 from subspan.optim.optimizer import LowRankOptimizer, Params
 from subspan.optim.refresh import EveryGap
-from subspan.optim.subspace import gradient_subspace
+from subspan.optim.subspace import gradient_subspace, tolerance_keys
 from subspan.optim.transport import Keep
 
 
@@ -54,7 +54,7 @@ class Fira(LowRankOptimizer):
         proj_type: str = "std",
         svd: Literal["randomized", "exact"] = "randomized",
         rank_policy: Literal["fixed", "tolerance"] = "fixed",
-        rtol: float = 0.3,
+        rtol: float | None = None,
         stagger: bool = True,
         eps_placement: Literal["after", "before"] = "after",
         official_code: bool = False,
@@ -80,7 +80,7 @@ class Fira(LowRankOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "rank": None,
-            "rtol": rtol,
+            **tolerance_keys(rank_policy, rtol),
             "update_proj_gap": update_proj_gap,
             "scale": scale,
             "proj_type": proj_type,

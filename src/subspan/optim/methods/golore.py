@@ -11,7 +11,7 @@ from subspan.optim.lift import ProjectBack
 from subspan.optim.method import Inner, Method
 from subspan.optim.optimizer import LowRankOptimizer, Params
 from subspan.optim.refresh import every_gap
-from subspan.optim.subspace import Stiefel, Switch, gradient_subspace
+from subspan.optim.subspace import Stiefel, Switch, gradient_subspace, tolerance_keys
 from subspan.optim.transport import RotateFirst
 
 
@@ -57,7 +57,7 @@ class GoLore(LowRankOptimizer):
         proj_type: str = "std",
         svd: Literal["randomized", "exact"] = "randomized",
         rank_policy: Literal["fixed", "tolerance"] = "fixed",
-        rtol: float = 0.3,
+        rtol: float | None = None,
         stagger: bool = True,
         refresh: Literal["now", "late"] = "now",
         inner: Inner | None = None,
@@ -88,7 +88,7 @@ class GoLore(LowRankOptimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "rank": None,
-            "rtol": rtol,
+            **tolerance_keys(rank_policy, rtol),
             "update_proj_gap": update_proj_gap,
             "scale": scale,
             "proj_type": proj_type,

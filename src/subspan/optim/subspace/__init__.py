@@ -4,7 +4,7 @@ from subspan.optim.subspace.blocks import Blocks
 from subspan.optim.subspace.gaussian import Gaussian
 from subspan.optim.subspace.rows import Rows
 from subspan.optim.subspace.stiefel import Stiefel
-from subspan.optim.subspace.svd import AdaptiveSVD, ExactSVD, RandomizedSVD, gradient_subspace
+from subspan.optim.subspace.svd import AdaptiveSVD, ExactSVD, RandomizedSVD, gradient_subspace, tolerance_keys
 from subspan.optim.subspace.switch import Switch
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "Stiefel",
     "Switch",
     "gradient_subspace",
+    "tolerance_keys",
 ]

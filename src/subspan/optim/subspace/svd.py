@@ -135,6 +135,19 @@ def _fresh_columns(operator: MatrixOperator, Q: Tensor, count: int, generator: t
     return orthogonal_to(Q, orthonormalize(operator.matmul(Omega)))
 
 
+def tolerance_keys(rank_policy: str, rtol: float | None) -> dict[str, float]:
+    """The group keys of a rank policy with their defaults: ``rtol`` where a tolerance decides on the rank.
+
+    Raises:
+        ValueError: a tolerance that would not be used.
+    """
+    if rank_policy == "tolerance":
+        return {"rtol": 0.2 if rtol is None else rtol}
+    if rtol is not None:
+        raise ValueError(f"rtol={rtol!r} is for rank_policy='tolerance', and rank_policy={rank_policy!r}")
+    return {}
+
+
 def gradient_subspace(svd: str, rank_policy: str = "fixed") -> OrthonormalBasis:
     """The finder named by a recipe's settings ``svd`` and ``rank_policy``.
 
