@@ -12,8 +12,9 @@ from subspan.state import StateSpec
 
 DenseWork = tuple[Tensor, Tensor, State, Tensor | None]
 
-# Elements of a piece of a tensor whose moments are decoded and encoded; a multiple of all blocks.
-_PIECE = 1 << 18
+# Elements of a piece of a tensor whose moments are decoded and encoded; multiples of all blocks.
+_CPU_PIECE = 1 << 18
+_DEVICE_PIECE = 1 << 22
 
 
 def state_dtype(parameter: Tensor) -> torch.dtype:
@@ -80,10 +81,11 @@ def _step_coded(
     # Blocks are counted anew for each matrix of a stack. Weights in another memory layout are copied.
     matrices = W.reshape(W.shape[0] if W.ndim == 3 else 1, -1)
     gradients = G.reshape(matrices.shape)
+    piece = _CPU_PIECE if W.device.type == "cpu" else _DEVICE_PIECE
     for index, (weight, gradient) in enumerate(zip(matrices, gradients, strict=True)):
         held = {key: _matrix(spec, key, state, index) for key, spec in specs.items()}
-        for start in range(0, weight.numel(), _PIECE):
-            stop = min(start + _PIECE, weight.numel())
+        for start in range(0, weight.numel(), piece):
+            stop = min(start + piece, weight.numel())
             out = weight[start:stop]
             parts, moments = {}, {}
             for key, spec in specs.items():

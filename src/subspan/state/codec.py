@@ -23,8 +23,9 @@ from subspan.state.spec import StateSpec
 
 Coded = dict[str, Tensor]
 
-# Elements that are worked on together, so that temporaries stay in the cache.
-_CHUNK = 1 << 16
+# Elements that are worked on together: on a CPU temporaries stay in the cache, a device wants fewer launches.
+_CPU_CHUNK = 1 << 16
+_DEVICE_CHUNK = 1 << 22
 
 
 class Codec(ABC):
@@ -113,10 +114,10 @@ class Blockwise(Codec):
     def encode(self, X: Tensor, generator: torch.Generator | None = None) -> Coded:
         specs = self.specs(tuple(X.shape))
         coded = {suffix: spec.allocate(X.device) for suffix, spec in specs.items()}
-        batch, size = _matrices(tuple(X.shape))
+        batch, _ = _matrices(tuple(X.shape))
         flat, codes, scales = (_by_matrix(tensor, batch) for tensor in (X, *coded.values()))
         packed = 8 // self.bits
-        for start, stop in self._chunks(flat.shape[0], size):
+        for start, stop in self._chunks(flat):
             values = pad(flat[:, start:stop].float(), (0, -(stop - start) % self.block)).unflatten(1, (-1, self.block))
             scale = values.abs().amax(dim=-1)
             chunk = self._codes(values, scale, generator).flatten(1)[:, : stop - start]
@@ -132,7 +133,7 @@ class Blockwise(Codec):
         flat = coded[""].new_empty(math.prod(batch), size, dtype=torch.float32)
         codes, scales = (_by_matrix(coded[suffix], batch) for suffix in ("", "_scale"))
         table, packed = _decoding(self, flat.device), 8 // self.bits
-        for start, stop in self._chunks(*flat.shape):
+        for start, stop in self._chunks(flat):
             chunk = codes[:, start // packed : math.ceil(stop / packed)]
             values = table.index_select(0, chunk.flatten().int()).view(torch.float32).view(flat.shape[0], -1)
             scale = scales[:, start // self.block : math.ceil(stop / self.block)]
@@ -150,8 +151,9 @@ class Blockwise(Codec):
             "_scale": coded["_scale"].view(-1)[start // self.block : math.ceil(stop / self.block)],
         }
 
-    def _chunks(self, count: int, size: int) -> Iterator[tuple[int, int]]:
-        length = max(1, _CHUNK // max(1, count) // self.block) * self.block
+    def _chunks(self, flat: Tensor) -> Iterator[tuple[int, int]]:
+        (count, size), on_cpu = flat.shape, flat.device.type == "cpu"
+        length = max(1, (_CPU_CHUNK if on_cpu else _DEVICE_CHUNK) // max(1, count) // self.block) * self.block
         for start in range(0, size if count else 0, length):
             yield start, min(start + length, size)
 
