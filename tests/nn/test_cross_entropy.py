@@ -81,6 +81,23 @@ def test_a_second_backward_is_refused() -> None:
         loss.backward()
 
 
+def test_one_row_and_an_ignored_label_beyond_the_vocabulary() -> None:
+    hidden, weight = torch.randn(4), torch.randn(6, 4, requires_grad=True)
+    plain = nn.functional.cross_entropy(weight @ hidden, torch.tensor(2))
+    assert linear_cross_entropy(hidden, weight, torch.tensor(2)).item() == pytest.approx(plain.item())
+    rows, labels = torch.randn(3, 4), torch.tensor([1, 99, 2])
+    expected = nn.functional.cross_entropy(rows @ weight.mT, labels, ignore_index=99)
+    linear_cross_entropy(rows, weight, labels, ignore_index=99).backward()
+    assert linear_cross_entropy(rows, weight, labels, ignore_index=99).item() == pytest.approx(expected.item())
+
+
+def test_without_a_graph_no_gradient_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "softmax", None)
+    weight = nn.Parameter(torch.randn(6, 4))
+    with torch.no_grad():
+        linear_cross_entropy(torch.randn(3, 4), weight, torch.tensor([1, 2, 3]))
+
+
 def test_shapes_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match=r"hidden \(3, 4\), weight \(6, 5\)"):
         linear_cross_entropy(torch.ones(3, 4), torch.ones(6, 5), torch.zeros(3, dtype=torch.int64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -122,7 +123,8 @@ def test_training_equals_that_with_folded_gradients(cls: Any, settings: dict[str
 
 def test_parameters_names_and_outputs_stay() -> None:
     model, plain = Network(), Network()
-    build(model)
+    optimizer = build(model)
+    assert optimizer.projected_parameters().keys() < dict(model.named_parameters()).keys()
     assert isinstance(model.tall, ProjectedLinear)
     assert isinstance(model.conv1d, ProjectedConv1D)
     assert model.state_dict().keys() == plain.state_dict().keys()
@@ -313,6 +315,55 @@ def test_a_model_without_such_layers_is_refused() -> None:
     full = GaLore(other, rank=99)
     with pytest.raises(ValueError, match="projects below full rank"):
         project_gradients(other, full)
+
+
+def test_the_model_of_another_optimizer_is_refused() -> None:
+    with pytest.raises(ValueError, match="the optimizer holds another parameter of this name"):
+        project_gradients(Network(), GaLore(Network(), rank=4))
+
+
+def test_a_layer_whose_optimizer_is_gone_is_an_ordinary_one() -> None:
+    model = Network()
+    build(model)
+    x, y = batch(0)
+    (model(x) - y).square().mean().backward()
+    assert model.tall.weight.grad is not None
+    model.zero_grad()
+    train(model, build(model), range(2))  # and can be given to another one
+    assert difference(model, Network()) > 1e-3
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_is_an_ordinary_model(copied: Callable[[nn.Module], Any]) -> None:
+    model = Network()
+    optimizer = build(model)
+    train(model, optimizer, range(2))
+    other = copied(model)
+    assert difference(model, other) == 0
+    x, y = batch(0)
+    (other(x) - y).square().mean().backward()
+    assert other.tall.weight.grad is not None
+    assert optimizer.grad_norm().value == 0
+
+
+def test_a_frozen_layer_stays() -> None:
+    model = Network()
+    optimizer = build(model)
+    train(model, optimizer, range(2))
+    model.square.weight.requires_grad_(False)
+    before = model.square.weight.detach().clone()
+    train(model, optimizer, range(2, 5))
+    assert torch.equal(model.square.weight, before)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    model = Network()
+    optimizer = build(model)
+    x, _ = batch(0)
+    (gradient,) = torch.autograd.grad(model(x.requires_grad_()).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+    assert optimizer.folds
 
 
 def test_a_layer_with_a_forward_of_its_own_is_folded() -> None:

@@ -217,6 +217,12 @@ class TestMoments:
         M = torch.ones(2, 2)
         assert resized(M, self.spec(3, 1), self.R).tolist() == [[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]
 
+    @pytest.mark.parametrize("size", [1e-24, 1e25])
+    def test_squares_beyond_the_range_of_float32(self, size: float) -> None:
+        V = torch.full((1, 2), 0.4)
+        filled = resized(V, self.spec(3, 2), self.R * size)
+        assert torch.allclose(filled[:, 0], torch.tensor([0.4, 0.1, 0.025]))
+
     def test_a_zero_gradient_fills_with_zeros(self) -> None:
         assert resized(torch.ones(1, 2), self.spec(2, 2), torch.zeros(2, 2))[1].tolist() == [0.0, 0.0]
 

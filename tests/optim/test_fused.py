@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -248,7 +249,7 @@ def test_the_norm_is_known_after_immediate_updates(method: str, settings: dict[s
     assert fused.grad_norm().value > 0
 
 
-@folding
+@pytest.mark.parametrize(("method", "settings"), [*FOLDING, *IMMEDIATE], ids=str)
 @pytest.mark.parametrize("stop", [1, GAP + 1, 7])
 def test_resume_is_bit_exact(method: str, settings: dict[str, Any], stop: int) -> None:
     model = Network()
@@ -262,6 +263,63 @@ def test_resume_is_bit_exact(method: str, settings: dict[str, Any], stop: int) -
     train(other, continued, range(stop, 3 * GAP))
     assert difference(model, other) == 0
     assert optimizer.state_bytes() == optimizer.planned_state_bytes()
+
+
+@pytest.mark.parametrize(("method", "settings"), [*FOLDING, *IMMEDIATE], ids=str)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_schedulers_reach_the_updates(method: str, settings: dict[str, Any], loaded: bool) -> None:
+    """A state that is loaded, as accelerate's prepare() does, replaces the groups that a scheduler writes to."""
+    one, other = Network(), Network()
+    for model, fused in ((one, True), (other, False)):
+        late = {} if fused or (method, settings) not in FOLDING else {"refresh": "late"}
+        optimizer = build(method, settings, model, fused=fused, **late)
+        if loaded:
+            optimizer.load_state_dict(optimizer.state_dict())
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step % 3 == 1 else 1 / (1 + step))
+        for step in range(2 * GAP):
+            before = model.wide.weight.detach().clone()
+            train(model, optimizer, range(step, step + 1))
+            assert torch.equal(model.wide.weight, before) == (step % 3 == 1)
+            scheduler.step()
+    assert difference(one, other) < 1e-6
+
+
+@folding
+@pytest.mark.parametrize("fused", [True, False])
+def test_raising_on_a_non_finite_gradient(method: str, settings: dict[str, Any], fused: bool) -> None:
+    model = Network()
+    optimizer = build(method, settings, model, fused=fused, nonfinite="raise", **({} if fused else {"refresh": "late"}))
+    train(model, optimizer, range(GAP))
+    state = {p: {key: value.clone() for key, value in s.items()} for p, s in optimizer.state.items()}
+    weights = copy.deepcopy(model.state_dict())
+    x, y = batch(GAP)
+    model.wide.weight.register_hook(lambda g: g * float("nan"))
+    with pytest.raises(FloatingPointError, match=r"wide\.weight: the gradient holds NaN or Inf; nothing was changed"):
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    for p, before in state.items():
+        # In backward the layers above have their turn first, and a random subspace is drawn at once.
+        keys = before.keys() if not fused or method == "galore" else {"step", "exp_avg_sq"}
+        assert all(torch.equal(before[key], optimizer.state[p][key]) for key in keys)
+
+
+def test_models_and_optimizers_can_be_pickled() -> None:
+    model = Network()
+    optimizer = build("galore", {}, model, fused=True)
+    train(model, optimizer, range(2))
+    assert pickle.loads(pickle.dumps(model)).state_dict().keys() == model.state_dict().keys()
+    assert pickle.loads(pickle.dumps(optimizer)).ranks() == optimizer.ranks()
+
+
+def test_zero_grad_does_not_undo_an_immediate_update() -> None:
+    model = Network()
+    optimizer = build("adamw", {}, model, fused=True)
+    x, y = batch(0)
+    (model(x) - y).square().mean().backward()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="a second backward"):
+        (model(x) - y).square().mean().backward()
 
 
 def test_fusing_in_the_middle_of_a_run() -> None:
@@ -313,6 +371,8 @@ def test_a_gradient_scaler_is_refused() -> None:
     scaler.scale((model(x) - y).square().mean()).backward()
     with pytest.raises(RuntimeError, match="GradScaler cannot unscale"):
         scaler.step(optimizer)
+    optimizer.zero_grad()
+    train(model, optimizer, range(1))  # usable again
 
 
 @pytest.mark.parametrize("settings", [{"svd": "exact"}, {"rank_policy": "tolerance"}], ids=str)

@@ -86,6 +86,22 @@ def test_updates_in_backward_cannot_be_clipped_or_accumulated(method: str) -> No
     check_settings(PretrainConfig(method=method, rank=rank, gradient="fused", max_grad_norm=0))
 
 
+def test_a_refresh_at_once_cannot_be_had() -> None:
+    with pytest.raises(ValueError, match=r"optimizer\.refresh is 'now', but gradient 'projected'"):
+        check_settings(PretrainConfig(gradient="projected", optimizer={"refresh": "now"}))
+
+
+@pytest.mark.parametrize("method", ["adamw", "fira"])
+def test_updates_in_backward_follow_the_schedule(tmp_path: Path, method: str) -> None:
+    settings: dict[str, Any] = {"method": method, "max_grad_norm": 0.0}
+    if method == "adamw":
+        settings |= {"rank": None, "optimizer": {}}
+    for gradient in ("full", "fused"):
+        run(tmp_path, output=str(tmp_path / gradient), gradient=gradient, **settings)
+    one, other = weights(tmp_path / "full"), weights(tmp_path / "fused")
+    assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-5
+
+
 def test_an_unknown_gradient_is_an_error() -> None:
     with pytest.raises(ValueError, match="gradient is 'none'; it must be full, fused or projected"):
         PretrainConfig(gradient="none")  # type: ignore[arg-type]

@@ -24,10 +24,19 @@ def test_a_chunked_loss_is_the_same_loss(tmp_path: Path, changes: dict[str, Any]
     assert losses[0] == pytest.approx(losses[1], rel=2e-3 if changes.get("dtype") == "amp" else 1e-5)
 
 
-def test_a_model_with_another_loss_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model_type": "granite", "logits_scaling": 4.0}, "GraniteForCausalLM computes"),
+        ({"model_type": "gemma2", "head_dim": 16, "final_logit_softcapping": 30.0}, "Gemma2ForCausalLM computes"),
+        ({"model_type": "phi"}, "PhiForCausalLM: its head has a bias"),
+    ],
+    ids=["scaled", "soft-capped", "biased"],
+)
+def test_a_model_with_another_loss_is_refused(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
     changes = settings(tmp_path)
     config = json.loads((tmp_path / "model.json").read_text())
-    scaled = config | {"model_type": "granite", "architectures": ["GraniteForCausalLM"], "logits_scaling": 4.0}
-    (tmp_path / "model.json").write_text(json.dumps(scaled))
-    with pytest.raises(ValueError, match="GraniteForCausalLM computes"):
+    del config["architectures"]
+    (tmp_path / "model.json").write_text(json.dumps(config | changed))
+    with pytest.raises(ValueError, match=message):
         run(tmp_path, **changes, chunked_loss=True)

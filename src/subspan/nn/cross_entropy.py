@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 __all__ = ["linear_cross_entropy"]
 
@@ -57,7 +58,10 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     with torch.autocast(device, enabled=False):
-        total = _LossSum.apply(hidden.flatten(0, -2), weight, labels.flatten(), ignore_index)
+        # Inside of forward nothing tells whether a graph is being built.
+        wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, weight)]
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        total = _LossSum.apply(rows, weight, labels.reshape(-1), ignore_index, wanted)
     if count is None:
         count = (labels != ignore_index).sum()
     return total / count  # type: ignore[no-any-return]
@@ -67,8 +71,9 @@ class _LossSum(torch.autograd.Function):
     """Sum of the losses of all rows; the gradients are ready when forward is."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, wanted: list[bool]
+    ) -> Tensor:
         dX = torch.empty_like(hidden) if wanted[0] else None
         wide = torch.promote_types(hidden.dtype, torch.float32)
         dW = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
@@ -83,21 +88,25 @@ class _LossSum(torch.autograd.Function):
             # The gradient of the logits, in their place: softmax minus the one of the label.
             counts = y != ignore_index
             dlogits = torch.softmax(logits, dim=-1, out=logits)
-            dlogits.scatter_add_(1, y.clamp_min(0).unsqueeze(1), -torch.ones_like(dlogits[:, :1]))
+            dlogits.scatter_add_(1, y.where(counts, 0).unsqueeze(1), -torch.ones_like(dlogits[:, :1]))
             dlogits = dlogits.mul_(counts.unsqueeze(1)).to(hidden.dtype)
             if dX is not None:
                 torch.mm(dlogits, weight, out=dX[start : start + rows])
             if dW is not None:
                 dW += dlogits.mT @ x
-        ctx.save_for_backward(dX, None if dW is None else dW.to(weight.dtype))
-        ctx.used = False
+        # Sums over all rows, before they are divided: too large for float16.
+        narrow = dW is not None and weight.dtype != torch.float16
+        ctx.save_for_backward(dX, dW.to(weight.dtype) if dW is not None and narrow else dW)
+        ctx.used, ctx.dtype = False, weight.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.used:
             raise RuntimeError("linear_cross_entropy gives its gradients up in the first backward; call it again")
         ctx.used = True
         dX, dW = ctx.saved_tensors
-        scaled = [None if gradient is None else gradient.mul_(upstream.to(gradient.dtype)) for gradient in (dX, dW)]
-        return scaled[0], scaled[1], None, None
+        dX = None if dX is None else dX.mul_(upstream)
+        dW = None if dW is None else dW.mul_(upstream).to(ctx.dtype)
+        return dX, dW, None, None, None

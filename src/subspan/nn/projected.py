@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from subspan.optim import LowRankOptimizer
 from subspan.optim.names import canonical_name
@@ -26,9 +27,10 @@ def project_gradients(model: nn.Module, optimizer: LowRankOptimizer) -> list[str
     ``nn.Linear`` and the ``Conv1D`` of Hugging Face whose weights ``optimizer`` projects become `ProjectedLinear` and
     `ProjectedConv1D`, in place: parameters, names and ``state_dict`` stay as they are. Other projected parameters
     (experts, convolutions, subclasses with a forward of their own) are folded as `fuse_into_backward` does, which this
-    calls. Accumulation, checkpointing, autocast and ``torch.compile`` work as ever (compile with ``stagger=False``: a
-    refresh changes the graph of its layer). Clip with ``optimizer.clip_grad_norm_``: the norm is that of the
-    projections.
+    calls. Without its optimizer, in a copy, and frozen, a layer is an ordinary one again.
+
+    Accumulation, checkpointing, autocast and ``torch.compile`` work as ever (compile with ``stagger=False``: a refresh
+    changes the graph of its layer). Clip with ``optimizer.clip_grad_norm_``: the norm is that of the projections.
 
     Args:
         model: the model whose parameters the optimizer holds.
@@ -38,8 +40,8 @@ def project_gradients(model: nn.Module, optimizer: LowRankOptimizer) -> list[str
         Names of the weights whose gradients are not formed any more.
 
     Raises:
-        ValueError: a method that needs the gradients, or no layer that can be converted.
-        RuntimeError: more than one process.
+        ValueError: a method that needs the gradients, another model, or no layer that can be converted.
+        RuntimeError: more than one process, or another optimizer that takes the gradients.
 
     Example:
         >>> from subspan.optim import GaLore
@@ -55,13 +57,17 @@ def project_gradients(model: nn.Module, optimizer: LowRankOptimizer) -> list[str
     Source: the projected activations are those of CompAct, arXiv 2410.15352; the cost of 4bmn is that of GoLore's
     ReLoRA-like implementation, arXiv 2410.11289.
     """
-    projected = {row.name for row in optimizer.rows() if row.rank is not None and row.trainable}
+    projected = optimizer.projected_parameters()
     converted = []
     for prefix, module in model.named_modules():
         name = canonical_name(f"{prefix}.weight" if prefix else "weight")
         kind = _KINDS.get(type(module)) or (ProjectedConv1D if _is_conv1d(module) else None)
-        if kind is None or name not in projected or isinstance(module, (ProjectedLinear, ProjectedConv1D)):
+        if kind is None or name not in projected or not module.weight.requires_grad:
             continue
+        if module.weight is not projected[name]:
+            raise ValueError(
+                f"{name}: the optimizer holds another parameter of this name: pass the model that it was built for"
+            )
         slots = optimizer.attach_slots(name)
         if slots is not None:
             module.gradient_slots = slots
@@ -82,7 +88,7 @@ class ProjectedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """xWᵀ + b."""
-        if not torch.is_grad_enabled():
+        if not _projects(self.weight, self.gradient_slots):
             return super().forward(input)
         return _apply(input, self.weight, self.bias, self.gradient_slots, self.gradient_slots.right)
 
@@ -97,12 +103,20 @@ class ProjectedConv1D(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """The product xW + b."""
         weight = self.weight.mT
-        if not torch.is_grad_enabled():
+        if not _projects(self.weight, self.gradient_slots):
             return nn.functional.linear(input, weight, self.bias)
         return _apply(input, weight, self.bias, self.gradient_slots, not self.gradient_slots.right)
 
 
-_KINDS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: ProjectedLinear}
+_KINDS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: ProjectedLinear,
+    ProjectedLinear: ProjectedLinear,
+    ProjectedConv1D: ProjectedConv1D,
+}
+
+
+def _projects(weight: Tensor, slots: GradientSlots) -> bool:
+    return slots.active and weight.requires_grad and torch.is_grad_enabled()
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -147,7 +161,8 @@ class _ProjectedProduct(torch.autograd.Function):
         return nn.functional.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight, basis, test_matrix = ctx.saved_tensors
         with torch.autocast(dY.device.type, enabled=False):
             dX = dY @ weight if ctx.needs_input_grad[0] else None

@@ -71,14 +71,17 @@ class Executor(StoredOptimizer):
             if (parameter.grad is not None or name in self._folded) and parameter.numel() > 0
         ]
         if self.method.refresh is not None and self.method.refresh.late:
+            if self.nonfinite == "raise":
+                self._raise_nonfinite([(item.name, item.parameter) for item in work if item.gradient is not None])
             for item in work:
                 if item.geometry is not None and item.gradient is not None:
                     self._fold(item.name, item.parameter, item.group)
-        bad = nonfinite_gradients([(item.name, item.parameter) for item in work if not self._shown_by_projection(item)])
-        bad += nonfinite_folded(self._folded)
-        if bad and self.nonfinite == "raise":
-            self._folded.clear()
-            raise FloatingPointError(f"{', '.join(bad[:5])}: the gradient holds NaN or Inf; nothing was changed")
+        looked_at = [(item.name, item.parameter) for item in work if not self._shown_by_projection(item)]
+        if self.nonfinite == "raise":
+            self._raise_nonfinite(looked_at)
+            bad = []
+        else:
+            bad = nonfinite_gradients(looked_at) + nonfinite_folded(self._folded)
         for name in bad:
             self._skip(name)
         good = [item for item in work if item.name not in bad]
@@ -91,6 +94,12 @@ class Executor(StoredOptimizer):
         self._folded.clear()
         self._stepped.clear()
         self._arm_slots([item.name for item in good if item.name in self._slots])
+
+    def _raise_nonfinite(self, gradients: list[tuple[str, Tensor]]) -> None:
+        bad = nonfinite_gradients(gradients) + nonfinite_folded(self._folded)
+        if bad:
+            self._folded.clear()
+            raise FloatingPointError(f"{', '.join(bad[:5])}: the gradient holds NaN or Inf; nothing was changed")
 
     def _look(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Work:
         """What there is to do for one parameter; changes nothing."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 from weakref import WeakMethod, ref
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-# Attribute of a parameter: weak reference to the optimizer that takes its gradients.
-_TAKER = "_subspan_gradient_taker"
+# The optimizer that takes the gradients of a parameter, weakly on both sides.
+_TAKERS: MutableMapping[Tensor, ref[torch.optim.Optimizer]] = WeakIdKeyDictionary()
 
 Named = Iterable[tuple[str, Tensor, dict[str, Any]]]
 
@@ -49,20 +50,27 @@ class BackwardFusion:
             if bound is not None:
                 bound[1].remove()
             if parameter.requires_grad and parameter.numel() > 0:
-                taker = getattr(parameter, _TAKER, None)
+                taker = _TAKERS.get(parameter)
                 if taker is not None and taker() not in (None, self._optimizer()):
                     raise RuntimeError(f"{name}: another optimizer takes this gradient in backward; one of them can")
-                setattr(parameter, _TAKER, self._optimizer)
-                hook = parameter.register_post_accumulate_grad_hook(self._hook(name, group))
+                _TAKERS[parameter] = self._optimizer
+                hook = parameter.register_post_accumulate_grad_hook(self._hook(name, self._position(group)))
                 self._hooks[name] = (parameter, hook)
 
-    def _hook(self, name: str, group: dict[str, Any]) -> Callable[[Tensor], None]:
+    def _position(self, group: dict[str, Any]) -> int:
+        optimizer = self._optimizer()
+        assert optimizer is not None
+        return next(i for i, other in enumerate(optimizer.param_groups) if other is group)
+
+    def _hook(self, name: str, position: int) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
-            take = self._take()
-            if take is None or parameter.grad is None:  # compiled graphs run hooks of weights without a gradient too
+            optimizer, take = self._optimizer(), self._take()
+            # Compiled graphs run hooks of weights without a gradient too.
+            if optimizer is None or take is None or parameter.grad is None:
                 return
             with torch.no_grad(), without_autocast(parameter.device):
-                take(name, parameter, group)
+                # By its place: a state that is loaded, as accelerate's prepare() does, replaces the group itself.
+                take(name, parameter, optimizer.param_groups[position])
             parameter.grad = None
 
         return hook
@@ -75,7 +83,10 @@ class BackwardFusion:
         """
         refuse_processes()
         optimizer = self._optimizer()
-        if getattr(optimizer, "grad_scale", None) is not None or hasattr(optimizer, "found_inf"):
+        left = [key for key in ("grad_scale", "found_inf") if hasattr(optimizer, key)]
+        for key in left:  # the scaler would take them away after a step that succeeds
+            delattr(optimizer, key)
+        if left:
             raise RuntimeError(
                 "GradScaler cannot unscale gradients that were taken in backward; use bfloat16 autocast, which needs "
                 "no scaler, or leave fuse_into_backward() out"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -103,7 +104,8 @@ class LowRankOptimizer(Executor):
         Methods that need the gradient itself (Fira, APOLLO, FRUGAL, AdamW) update every parameter inside backward with
         the learning rate of that moment; a second backward before `step` and clipping raise.
 
-        Call it once, before the first backward and before a state is loaded.
+        Call it once, before the first backward and before a state is loaded (a checkpoint says which refresh it was
+        written with). A copy of the optimizer refreshes late and is not fused; what was folded is not copied.
 
         Raises:
             RuntimeError: more than one process.
@@ -135,7 +137,7 @@ class LowRankOptimizer(Executor):
             for state in self.state.values():
                 if "refreshes" in state:
                     state["turned"] = torch.ones((), dtype=torch.int64)
-        self._fusion = BackwardFusion(self, self._projected, self._fold)
+        self._fusion = BackwardFusion(self, self._projected, self._fold_in_backward)
 
     def attach_slots(self, name: str) -> GradientSlots | None:
         """Slots in which a layer leaves the projected gradient of the parameter ``name`` in place of its gradient.
@@ -163,9 +165,14 @@ class LowRankOptimizer(Executor):
         assert geometry is not None
         if not geometry.projected or geometry.batch:
             return None
-        self._slots[name] = GradientSlots(geometry, state["basis"], self._right(parameter, group))
+        slots = self._slots[name] = GradientSlots(geometry, state["basis"], self._right(parameter, group))
+        weakref.finalize(self, setattr, slots, "active", False)
         self._arm_slots([name])
-        return self._slots[name]
+        return slots
+
+    def projected_parameters(self) -> dict[str, Tensor]:
+        """The projected parameters by name."""
+        return {name: parameter for name, parameter, _ in self._projected()}
 
     @property
     def folds(self) -> bool:
@@ -207,6 +214,12 @@ class LowRankOptimizer(Executor):
 
     def _projected(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         return (item for item in self._everything() if is_projected(item[2]))
+
+    def _fold_in_backward(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
+        if self.nonfinite == "raise" and nonfinite_gradients([(name, parameter)]):
+            self._folded.clear()
+            raise FloatingPointError(f"{name}: the gradient holds NaN or Inf; nothing was changed")
+        self._fold(name, parameter, group)
 
     def _step_now(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
         """Step one parameter inside backward."""
@@ -273,9 +286,8 @@ class LowRankOptimizer(Executor):
         return [parameter for _, parameter, _ in self._everything() if parameter.grad is not None]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forget all gradients, folded ones too."""
+        """Forget all gradients, folded ones too; updates that were made in backward stay."""
         self._folded.clear()
         for slots in self._slots.values():
             slots.clear()
-        self._stepped.clear()
         super().zero_grad(set_to_none)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,13 +26,26 @@ class GradientSlots:
         test_matrix: Ω (n, r) while a refresh is due, else None.
         projected: leaf (r, n) whose gradient is QᵀG.
         sketch: leaf (m, r) whose gradient is GΩ.
+        active: False once the optimizer is gone, and in copies: the layer then forms its gradient.
     """
 
     def __init__(self, geometry: Geometry, basis: Tensor, right: bool) -> None:
-        self.basis, self.right = basis, right
+        self.basis, self.right, self.active = basis, right, True
         self.test_matrix: Tensor | None = None
         self.projected = _leaf(geometry.rank, geometry.n, basis)
         self.sketch = _leaf(geometry.m, geometry.rank, basis)
+
+    def __deepcopy__(self, memo: Any) -> GradientSlots:
+        """A copy that no optimizer looks into."""
+        copied = GradientSlots.__new__(GradientSlots)
+        copied.__setstate__(self.__getstate__())
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"right": self.right}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.right, self.active = state["right"], False
 
     def take(self) -> Folded | None:
         """What backward has left since the last call, None if it did not run."""

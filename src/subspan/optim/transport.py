@@ -31,10 +31,12 @@ def resized(moment: Tensor, spec: StateSpec, R: Tensor | None) -> Tensor:
     kept = min(moment.shape[-2], result.shape[-2])
     result[..., :kept, :] = moment[..., :kept, :]
     if spec.moment == 2 and R is not None and kept < result.shape[-2]:
-        squares = R.square().mean(dim=-1, keepdim=True)
+        # In float64: the squares of a gradient that is skipped for its size would leave NaN.
+        squares = R.double().square().mean(dim=-1, keepdim=True)
         known = squares[..., :kept, :].sum(dim=-2, keepdim=True)
-        ratio = result[..., :kept, :].mean(dim=-1, keepdim=True).sum(dim=-2, keepdim=True) / known
-        result[..., kept:, :] = squares[..., kept:, :] * torch.where(known > 0, ratio, 0.0)
+        ratio = result[..., :kept, :].double().mean(dim=-1, keepdim=True).sum(dim=-2, keepdim=True) / known
+        filled = squares[..., kept:, :] * torch.where(known > 0, ratio, 0.0)
+        result[..., kept:, :] = filled.clamp_max(torch.finfo(spec.dtype).max).to(spec.dtype)
     return result
 
 

@@ -61,6 +61,10 @@ def check_settings(config: PretrainConfig) -> None:
     fused: Literal["full", "fused"] = "full" if config.gradient == "full" else "fused"
     settings = dataclasses.replace(resolve(config, 8), target_modules="all-linear", exclude=[], gradient=fused)
     optimizer = build_optimizer(nn.Linear(8, 8), settings)
+    if config.gradient != "full" and config.optimizer.get("refresh") == "now":
+        raise ValueError(
+            f"optimizer.refresh is 'now', but gradient {config.gradient!r} can only refresh late: leave refresh out."
+        )
     if config.gradient == "projected" and not optimizer.folds:
         raise ValueError(
             f"gradient is 'projected', but the method {config.method!r} needs the gradients themselves: take galore or "
