@@ -14,7 +14,7 @@ from subspan.optim import create_optimizer, list_methods, method_info
 ROOT = Path(__file__).parents[1]
 METHODS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 # What a method inherits from another one's list of keys, as the text says.
-INHERITS = {"golore": "galore", "fira": "galore", "apollo_mini": "apollo"}
+INHERITS = {"galore_8bit": "galore", "golore": "galore", "fira": "galore", "apollo_mini": "apollo"}
 
 
 def model() -> torch.nn.Module:
@@ -52,7 +52,8 @@ def test_every_method_has_its_section_and_its_defaults(name: str) -> None:
     assert stated
     assert stated == {key: group[key] for key in stated}
     unstated = optimizer.defaults.keys() - stated.keys() - {"betas", "rank", "density"}
-    assert unstated <= {"eps", "weight_decay"}, "keys that the section does not name"
+    common = {"eps", "weight_decay", "moments", "basis_storage", "min_quantized", "rounding"}
+    assert unstated <= common, "keys that the section does not name"
 
 
 @pytest.mark.parametrize("name", list_methods())

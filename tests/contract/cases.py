@@ -16,20 +16,24 @@ GROUP_KEYS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "apollo_mini": {"rank": 1, "update_proj_gap": 4},
     "frugal": {"density": 0.4, "update_proj_gap": 4},
+    "galore_8bit": {"rank": 4, "update_proj_gap": 4, "min_quantized": 1},
+    # Its period doubles at every refresh.
+    "q_galore": {"rank": 4, "update_proj_gap": 4, "min_quantized": 1, "queue_size": 1, "cos_threshold": 0.0},
 }
 DEFAULT_GROUP_KEYS: dict[str, Any] = {"rank": 4, "update_proj_gap": 4}
 # A cap above the multiple of 8 to which ranks are rounded.
 TOLERANCE_GROUP_KEYS: dict[str, Any] = {"rank": 20, "update_proj_gap": 4}
 
-# Structural settings beyond a method's defaults.
+# Structural settings beyond a method's defaults. Matrices are small here, so the least size for codecs is 1.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "adamw": [{"moments": "8bit", "min_quantized": 1}],
     "galore": [
         {"svd": "exact", "stagger": False},
         {"eps_placement": "before", "decay": "after"},
         {"rank_policy": "tolerance", "rtol": 0.2},
     ],
-    "golore": [{"stagger": False}],
-    "fira": [{"official_code": True}],
+    "golore": [{"stagger": False}, {"moments": "bfloat16", "basis_storage": "bfloat16", "min_quantized": 1}],
+    "fira": [{"official_code": True}, {"moments": "4bit", "basis_storage": "int8", "min_quantized": 1}],
     "apollo": [{"store_basis": False}, {"scale_front": True}],
     "frugal": [{"subspace": "rows"}, {"subspace": "svd"}, {"subspace": "stiefel"}],
 }
@@ -50,6 +54,11 @@ class Case:
     @property
     def projects(self) -> bool:
         return self.method != "adamw"
+
+    @property
+    def finds_by_sketch(self) -> bool:
+        """Whether its bases come from a product in the gradient's dtype unless ``svd="exact"`` is set."""
+        return self.method in {"galore", "galore_8bit", "q_galore", "fira"}
 
     def __call__(self, params: Any, **settings: Any) -> Any:
         return create_optimizer(self.method, params, **{"lr": 1e-2, **self.settings, **settings})

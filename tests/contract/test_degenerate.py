@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
@@ -22,7 +23,12 @@ from contract.cases import (
     train,
 )
 
-ORTHONORMAL = [case for case in LOW_RANK if case.method in {"galore", "golore", "fira"}]
+# A rounded basis is not orthogonal to what it is meant to leave out.
+ORTHONORMAL = [
+    case
+    for case in LOW_RANK
+    if case.method in {"galore", "galore_8bit", "golore", "fira"} and "basis_storage" not in case.settings
+]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
@@ -151,6 +157,8 @@ def test_tiny_and_huge_gradients_stay_finite(case: Case, size: float) -> None:
 @pytest.mark.parametrize("size", [1e-2, 1e4])
 def test_adam_forgets_the_size_of_the_gradient(case: Case, size: float) -> None:
     """Up to the 1e-8 that Fira and APOLLO add to the norm of R."""
+    if case.settings.get("moments") == "bfloat16":
+        size = 2.0 ** round(math.log2(size))  # else the rounding differs
     plain, scaled = parameters(), parameters()
     one, other = case(case.groups(plain, eps=1e-16)), case(case.groups(scaled, eps=1e-16))
     for step in range(6):

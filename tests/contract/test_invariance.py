@@ -67,7 +67,8 @@ def test_order_of_parameters_and_groups_is_irrelevant(case: Case) -> None:
     assert difference(first | dense, second | dense_again) < 1e-6
 
 
-@parametrised(CASES)
+# Blocks of codes follow the rows of a dense matrix.
+@parametrised([case for case in CASES if case.projects or "moments" not in case.settings])
 def test_transposing_a_parameter_transposes_its_update(case: Case) -> None:
     shapes = {name: shape for name, shape in SHAPES.items() if shape[0] != shape[1]}
     upright, flipped = parameters(shapes), {}
@@ -138,6 +139,8 @@ def test_another_seed_or_another_name_draws_another_subspace(case: Case) -> None
 def test_the_subspace_changes_at_the_gap_and_only_then(case: Case) -> None:
     if takes_whole_tensors(case) or not case.settings.get("store_basis", True):
         pytest.skip("stores no basis")
+    if case.method == "q_galore":
+        pytest.skip("has a longer gap each time")
     named = parameters({"a": (16, 24)})
     settings = {} if case.method == "frugal" else {"stagger": False}
     optimizer = case(case.groups(named, update_proj_gap=3), **settings)
@@ -150,7 +153,9 @@ def test_the_subspace_changes_at_the_gap_and_only_then(case: Case) -> None:
     assert changed == [False, False, True, False, False, True]
 
 
-@parametrised([case for case in LOW_RANK if "stagger" not in case.settings and case.method != "frugal"])
+@parametrised(
+    [case for case in LOW_RANK if "stagger" not in case.settings and case.method not in {"frugal", "q_galore"}]
+)
 def test_refreshes_are_spread_over_the_parameters(case: Case) -> None:
     """Every basis exists from the first step on; after that no step pays for more than its share."""
     gap, count = 5, 20

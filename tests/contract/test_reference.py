@@ -16,6 +16,8 @@ from references.frugal import FRUGALBlocksReference, FRUGALReference, rows_basis
 from references.galore import GaLoreReference
 from references.golore import GoLoreReference
 from references.parts import SGD, exact_basis, projects_left
+from references.q_galore import QGaLoreReference
+from references.quantised import QuantisedAdam, linear_levels, quantised
 from torch import Tensor, nn
 
 from contract.cases import Case, gradient, parameters
@@ -63,15 +65,23 @@ def some_rows(G: Tensor, rank: int, generator: torch.Generator) -> Tensor:
     return rows_basis(torch.randperm(len(G), generator=generator)[:rank].sort().values, len(G))
 
 
-def follow(method: str, reference: Any, shape: tuple[int, int], keys: dict[str, Any], **settings: Any) -> None:
+def follow(
+    method: str,
+    reference: Any,
+    shape: tuple[int, int],
+    keys: dict[str, Any],
+    *,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> None:
     """The optimizer in float32 and the reference in float64 see gradients of their own weights; compare each step."""
-    (p,) = parameters({NAME: shape}).values()
+    (p,) = parameters({NAME: shape}, dtype=dtype).values()
     W = p.detach().double()
     start = W.clone()
     optimizer = create_optimizer(method, [{"params": [(NAME, p)], **keys}], seed=SEED, **NUMBERS, **settings)
     for step in range(STEPS):
         W = reference.step(W, gradient(NAME, W, step))
-        p.grad = gradient(NAME, p, step).float()
+        p.grad = gradient(NAME, p, step).to(dtype)
         optimizer.step()
         assert (p.detach().double() - W).abs().max() < TOLERANCE, f"step {step}"
     assert (W - start).abs().max() > 1e3 * TOLERANCE  # the weights have moved, so the comparison says something
@@ -87,7 +97,8 @@ def group(proj_type: str, **keys: Any) -> dict[str, Any]:
 
 
 def test_every_method_has_a_reference() -> None:
-    assert set(list_methods()) == {"adamw", "galore", "golore", "fira", "apollo", "apollo_mini", "frugal"}
+    known = {"adamw", "galore", "galore_8bit", "q_galore", "golore", "fira", "apollo", "apollo_mini", "frugal"}
+    assert set(list_methods()) == known
 
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), (9,)], ids=str)
@@ -116,6 +127,62 @@ def test_galore_with_gradient_descent_inside() -> None:
     keys = group("std", scale=1.0)
     reference = GaLoreReference(**keys, **NUMBERS, inner=SGD())
     follow("galore", reference, (12, 20), keys, svd="exact", stagger=False, inner=InnerSGD())
+
+
+def coded(moments: str, basis: str = "float32") -> dict[str, Any]:
+    """Settings of a run whose state is quantised however small it is; in float64, where roundings fall alike."""
+    return {"moments": moments, "basis_storage": basis, "min_quantized": 1, "dtype": torch.float64}
+
+
+@every_side
+@pytest.mark.parametrize("bits", [8, 4])
+def test_galore_with_quantised_moments(shape: tuple[int, int], proj_type: str, bits: int) -> None:
+    keys = group(proj_type)
+    inner = QuantisedAdam(bits, block=256 if bits == 8 else 128, betas=NUMBERS["betas"])
+    reference = GaLoreReference(inner=inner, **keys, **NUMBERS)
+    method = "galore_8bit" if bits == 8 else "galore"
+    follow(method, reference, shape, keys, svd="exact", stagger=False, **coded(f"{bits}bit"))
+
+
+@pytest.mark.parametrize("shape", [*SHAPES.values(), (30, 40)], ids=str)
+def test_adamw_with_quantised_moments(shape: tuple[int, int]) -> None:
+    """The last one has several blocks, and a ragged one."""
+    reference = AdamWReference(**NUMBERS)
+    reference.adam = QuantisedAdam(8, block=256, betas=NUMBERS["betas"])
+    settings = coded("8bit")
+    del settings["basis_storage"]
+    follow("adamw", reference, shape, {}, **settings)
+
+
+@every_side
+@pytest.mark.parametrize("bits", [8, 4])
+def test_fira_with_a_quantised_basis(shape: tuple[int, int], proj_type: str, bits: int) -> None:
+    """One basis projects, projects back and is taken away from the gradient: the rounded one."""
+
+    def find(*arguments: Any) -> Tensor:
+        return quantised(exact_basis(*arguments), linear_levels(bits), block=256)
+
+    keys = group(proj_type)
+    reference = FiraReference(find=find, **keys, **NUMBERS)
+    follow("fira", reference, shape, keys, svd="exact", stagger=False, **coded("float32", f"int{bits}"))
+
+
+@every_side
+@pytest.mark.parametrize("cos_threshold", [0.1, 0.3, 0.9])
+@pytest.mark.parametrize("official_code", [False, True])
+def test_q_galore(shape: tuple[int, int], proj_type: str, cos_threshold: float, official_code: bool) -> None:
+    """Refreshed every second step at first; with the lowest threshold the period doubles after two refreshes."""
+    lazy: dict[str, Any] = {"cos_threshold": cos_threshold, "gamma_proj": 2.0, "queue_size": 2}
+    keys = group(proj_type, **lazy) | {"update_proj_gap": 2}
+    settings = {"official_code": official_code, "find": exact_basis}
+    inner = QuantisedAdam(8, block=256, betas=NUMBERS["betas"])
+    reference = QGaLoreReference(inner=inner, **settings, **keys, **NUMBERS)
+    own = {"svd": "exact", "stagger": False, "official_code": official_code}
+    follow("q_galore", reference, shape, keys, **own, **coded("8bit", "int4"))
+    if cos_threshold == 0.9:
+        assert reference.refreshes == list(range(0, STEPS, 2))
+    elif cos_threshold == 0.1 and not official_code:
+        assert reference.refreshes == [0, 2, 4, 8, 12]
 
 
 @pytest.mark.parametrize("rank", [12, 16, 99])

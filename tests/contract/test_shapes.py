@@ -18,6 +18,7 @@ EXACT = [
     Case("galore", {"svd": "exact", "stagger": False}),
     Case("fira", {"svd": "exact", "stagger": False}),
     Case("golore", {"svd": "exact", "stagger": False}),
+    Case("q_galore", {"svd": "exact", "stagger": False, "moments": "4bit"}),
 ]
 
 

@@ -335,7 +335,7 @@ def test_set_to_none_and_zeroed_gradients_are_not_kept(case: Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_weights_are_rounded_once(case: Case, dtype: torch.dtype) -> None:
     """From equal weights and gradients, W is the fp32 result rounded to nearest: not decay and update one by one."""
-    if case.method in {"galore", "fira"}:  # a sketch is a product in the gradient's dtype; the exact basis is not
+    if case.finds_by_sketch:  # a sketch is a product in the gradient's dtype; the exact basis is not
         case = Case(case.method, {**case.settings, "svd": "exact"})
     low = parameters(dtype=dtype)
     high = {name: nn.Parameter(p.detach().float()) for name, p in low.items()}

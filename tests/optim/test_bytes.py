@@ -21,6 +21,12 @@ MOMENTS = 2 * LONG * RANK * FP32
 BASIS = SHORT * RANK * FP32
 NORM = FP32
 
+
+def blockwise(elements: int, bits: int, block: int) -> int:
+    """Codes, two of 4 bits in a byte, and a scale for each block."""
+    return -(-elements * bits // 8) + -(-elements // block) * FP32
+
+
 FORMULAS: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
     "adamw": ("adamw", {}, {}, 2 * SHORT * LONG * FP32 + STEP),
     "galore": ("galore", {"rank": RANK}, {}, BASIS + MOMENTS + STEP + CLOCK),
@@ -36,6 +42,44 @@ FORMULAS: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
         {"store_basis": False},
         2 * LONG * FP32 + NORM + STEP + CLOCK,
     ),
+    "galore_8bit": (
+        "galore_8bit",
+        {"rank": RANK, "min_quantized": 1},
+        {},
+        BASIS + 2 * blockwise(LONG * RANK, 8, 256) + STEP + CLOCK,
+    ),
+    "q_galore": (
+        "q_galore",
+        {"rank": RANK, "min_quantized": 1},
+        {},
+        # its period, and the overlaps of the last five refreshes
+        blockwise(SHORT * RANK, 4, 256) + 2 * blockwise(LONG * RANK, 8, 256) + STEP + CLOCK + 8 + 5 * FP32,
+    ),
+    "galore in 4 bits": (
+        "galore",
+        {"rank": RANK, "min_quantized": 1, "moments": "4bit", "basis_storage": "int4"},
+        {},
+        blockwise(SHORT * RANK, 4, 256) + 2 * blockwise(LONG * RANK, 4, 128) + STEP + CLOCK,
+    ),
+    "fira in bfloat16": (
+        "fira",
+        {"rank": RANK, "min_quantized": 1, "moments": "bfloat16", "basis_storage": "bfloat16"},
+        {},
+        (BASIS + MOMENTS) // 2 + NORM + STEP + CLOCK,
+    ),
+    "apollo with an int8 basis": (
+        "apollo",
+        {"rank": RANK, "min_quantized": 1, "basis_storage": "int8"},
+        {},
+        blockwise(SHORT * RANK, 8, 256) + MOMENTS + NORM + STEP + CLOCK,
+    ),
+    "adamw in 8 bits": (
+        "adamw",
+        {"moments": "8bit", "min_quantized": 1},
+        {},
+        2 * blockwise(SHORT * LONG, 8, 256) + STEP,
+    ),
+    "too small for codecs": ("galore_8bit", {"rank": RANK}, {}, BASIS + MOMENTS + STEP + CLOCK),
     # rows are remembered by their int64 indices
     "frugal rows": ("frugal", {"density": 0.25}, {"subspace": "rows"}, 6 * 8 + MOMENTS + STEP + CLOCK + RESET),
     "frugal svd": ("frugal", {"density": 0.25}, {"subspace": "svd"}, BASIS + MOMENTS + STEP + CLOCK + RESET),
@@ -118,6 +162,8 @@ def largest_allocation(
         ("apollo", {"rank": 8}, {"stagger": False}),
         ("apollo", {"rank": 8}, {"stagger": False, "scale_front": True}),
         ("apollo_mini", {"rank": 1}, {"stagger": False}),
+        ("galore_8bit", {"rank": 8}, {"stagger": False}),
+        ("galore", {"rank": 8}, {"stagger": False, "moments": "4bit", "basis_storage": "int4"}),
     ],
     ids=str,
 )
@@ -126,6 +172,13 @@ def test_a_step_forms_no_matrix_of_the_size_of_the_weight(
 ) -> None:
     largest, operation = largest_allocation(method, shape, dtype, keys, settings)
     assert 0 < largest <= shape[0] * shape[1] // 2, f"{operation} allocated {largest} elements"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("moments", ["8bit", "4bit", "bfloat16"])
+def test_a_quantised_embedding_never_has_a_whole_moment(moments: str, dtype: torch.dtype) -> None:
+    largest, operation = largest_allocation("adamw", (4096, 384), dtype, {}, {"moments": moments})
+    assert 0 < largest <= 4096 * 384 // 4, f"{operation} allocated {largest} elements"
 
 
 def test_the_measurement_sees_a_temporary() -> None:

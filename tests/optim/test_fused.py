@@ -22,6 +22,7 @@ FOLDING: list[tuple[str, dict[str, Any]]] = [
     ("galore", {"stagger": False}),
     ("golore", {}),
     ("golore", {"golore_after": 6}),
+    ("galore", {"moments": "8bit", "min_quantized": 1}),
 ]
 IMMEDIATE: list[tuple[str, dict[str, Any]]] = [
     ("fira", {}),
@@ -31,6 +32,8 @@ IMMEDIATE: list[tuple[str, dict[str, Any]]] = [
     ("frugal", {}),
     ("frugal", {"subspace": "rows"}),
     ("adamw", {}),
+    ("fira", {"moments": "8bit", "basis_storage": "int8", "min_quantized": 1}),
+    ("adamw", {"moments": "4bit", "min_quantized": 1}),
 ]
 
 

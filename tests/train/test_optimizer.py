@@ -100,3 +100,9 @@ def test_another_optimizer_than_asked_for_is_noticed() -> None:
     matrices = [(name, p) for name, p in model.named_parameters() if p.ndim == 2]
     with pytest.raises(RuntimeError, match="16 tensors are projected instead of 14"):
         check_optimizer(GaLore([{"params": matrices, "rank": 8}]), config, model)
+
+
+@pytest.mark.parametrize("method", ["galore", "galore_8bit", "q_galore", "apollo", "apollo_mini"])
+def test_short_runs_refresh_in_time(method: str) -> None:
+    """Also where a recipe hands its settings on to another."""
+    assert resolve(PretrainConfig(method=method, steps=100), 64).optimizer["update_proj_gap"] == 10

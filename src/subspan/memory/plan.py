@@ -17,7 +17,8 @@ CATEGORIES = (
     "weights", "gradients", "moments", "bases", "other state", "refresh workspace", "step workspace", "activations",
     "logits",
 )  # fmt: skip
-_KINDS = {"exp_avg": "moments", "exp_avg_sq": "moments", "basis": "bases", "rows": "bases"}
+# By the beginning of a state key: codes and scales have names with more behind it.
+_KINDS = {"exp_avg": "moments", "basis": "bases", "rows": "bases"}
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _by_category(traced: dict[str, int]) -> dict[str, int]:
     for name, count in traced.items():
         kind, _, key = name.partition(":")
         if kind == "state":
-            kind = _KINDS.get(key, "other state")
+            kind = next((kind for start, kind in _KINDS.items() if key.startswith(start)), "other state")
         if kind != "workspace":
             total[kind] += count
     return dict(total)

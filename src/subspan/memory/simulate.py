@@ -20,6 +20,9 @@ __all__ = ["materialise", "rehearse_step", "simulated"]
 
 # Elements of a parameter above which it is never stacked with others, so that one stands for all that are alike.
 _LARGE = 1 << 16
+# Elements up to which a vector may be a table of numbers that Python code computes once.
+_TABLE = 1 << 10
+_EMPTY = torch.ops.aten.empty.memory_format
 _READ = torch.ops.aten._local_scalar_dense.default
 
 
@@ -59,20 +62,20 @@ class _HostNumbers(TorchDispatchMode):
         if func is _READ and fake:
             dtype = args[0].dtype
             return 1.0 if dtype.is_floating_point else dtype == torch.bool or 1
-        if not fake and (tensors or _makes_host_numbers(args, kwargs)):
+        if not fake and (tensors or _makes_host_numbers(func, args, kwargs)):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
 
 
-def _makes_host_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a factory of tensors makes a scalar or integers."""
-    dtype = kwargs.get("dtype")
-    if args and isinstance(args[0], (list, tuple)):  # a shape
-        return len(args[0]) == 0 or (dtype is not None and not dtype.is_floating_point)
-    if dtype is not None:
-        return not dtype.is_floating_point
-    return bool(args) and all(isinstance(argument, int) for argument in args)  # arange
+def _makes_host_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a factory of tensors makes a scalar, indices, or a short table (of codes, which outlives a simulation)."""
+    if not (args and isinstance(args[0], (list, tuple))):
+        return bool(args)  # arange, linspace
+    shape = args[0]
+    if kwargs.get("dtype") in (torch.int64, torch.int32) or not shape:
+        return True
+    return func is not _EMPTY and len(shape) == 1 and shape[0] <= _TABLE
 
 
 def materialise(model: nn.Module) -> None:

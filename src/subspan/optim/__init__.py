@@ -7,7 +7,9 @@ from subspan.optim.methods.apollo import APOLLO, APOLLOMini
 from subspan.optim.methods.fira import Fira
 from subspan.optim.methods.frugal import FRUGAL
 from subspan.optim.methods.galore import GaLore
+from subspan.optim.methods.galore_8bit import GaLore8bit
 from subspan.optim.methods.golore import GoLore
+from subspan.optim.methods.q_galore import QGaLore
 from subspan.optim.optimizer import LowRankOptimizer
 from subspan.optim.param_groups import param_groups
 from subspan.optim.registry import MethodInfo, create_optimizer, list_methods, method_info
@@ -21,10 +23,12 @@ __all__ = [
     "AdamW",
     "Fira",
     "GaLore",
+    "GaLore8bit",
     "GoLore",
     "LowRankOptimizer",
     "Method",
     "MethodInfo",
+    "QGaLore",
     "create_optimizer",
     "list_methods",
     "method_info",

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from subspan.optim.dense import state_dtype
-from subspan.optim.groups import check_group, complete_group, is_projected
+from subspan.optim.groups import check_group, complete_group, is_projected, keeps_whole_moments
 from subspan.optim.matrix import as_matrix, oriented, projects_right
 from subspan.optim.method import Geometry, Method, Roster, State
 from subspan.optim.refresh import places_in_period
 from subspan.optim.table import ParameterRow, format_table
-from subspan.state import StateSpec
+from subspan.state import StateSpec, stored
 
 
 class DeclaredOptimizer(torch.optim.Optimizer):
@@ -27,6 +27,8 @@ class DeclaredOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its keys are checked, aliases resolved and ``lr_scale`` applied to its learning rate."""
         param_group = complete_group(param_group, self.defaults)
+        if "moments" in self.defaults and keeps_whole_moments(param_group, self.method):
+            param_group.setdefault("moments", "float32")
         super().add_param_group(param_group)
         self._cached_roster = None
         group = self.param_groups[-1]
@@ -99,6 +101,11 @@ class DeclaredOptimizer(torch.optim.Optimizer):
         geometry = self._geometry(name, parameter, group, state)
         return self.method.specs(geometry, parameter.shape, state_dtype(parameter), group)
 
+    def _stored_specs(
+        self, name: str, parameter: Tensor, group: dict[str, Any], state: Mapping[str, Tensor]
+    ) -> dict[str, StateSpec]:
+        return stored(self._specs(name, parameter, group, state))
+
     def _state(self, parameter: Tensor) -> State:
         return self.state.get(parameter, {})
 
@@ -111,7 +118,7 @@ class DeclaredOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, candidate in self._named(group):
                 if candidate is parameter:
-                    return self._specs(name, parameter, group, self._state(parameter))
+                    return self._stored_specs(name, parameter, group, self._state(parameter))
         raise KeyError("this parameter is not in the optimizer")
 
     def planned_state_bytes(self) -> dict[str, int]:
@@ -124,7 +131,7 @@ class DeclaredOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, parameter in self._named(group):
                 if parameter.requires_grad and parameter.numel() > 0:
-                    for key, spec in self._specs(name, parameter, group, self._state(parameter)).items():
+                    for key, spec in self._stored_specs(name, parameter, group, self._state(parameter)).items():
                         total[key] += spec.nbytes
         return dict(total)
 

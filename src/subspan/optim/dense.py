@@ -5,10 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from subspan.optim.method import Group, Inner, State
-from subspan.optim.tiling import tiles
+from subspan.optim.apply import store_span
+from subspan.optim.method import Group, Inner, Method, State
+from subspan.optim.tiling import on_host, tiles
+from subspan.state import StateSpec
 
-DenseWork = tuple[Tensor, Tensor, State]
+DenseWork = tuple[Tensor, Tensor, State, Tensor | None]
+
+# Elements of a piece of a tensor whose moments are decoded and encoded; multiples of all blocks.
+_CPU_PIECE = 1 << 18
+_DEVICE_PIECE = 1 << 22
 
 
 def state_dtype(parameter: Tensor) -> torch.dtype:
@@ -16,46 +22,87 @@ def state_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
-def step_dense(inner: Inner, works: list[DenseWork], age: int, group: Group, *, beta: float, alpha: float) -> None:
+def step_dense(method: Method, works: list[DenseWork], age: int, group: Group, *, beta: float, alpha: float) -> None:
     """W <- beta·W + alpha·U in place, U the inner rule's direction for the whole gradient.
 
     All tensors that a fused kernel can take go through one call; the others go through row tiles, computed in float32
-    and rounded once.
+    and rounded once, and those with quantised moments through pieces of whole blocks.
 
     Args:
-        inner: the rule.
-        works: (parameter of any shape, its gradient, its state) with one group and one age.
+        method: whose inner rule is stepped, and which knows how its moments are held.
+        works: (parameter of any shape, its gradient, its state, its key where it is rounded stochastically) with one
+            group and one age.
         age: number of gradients that the moments have seen, this one included.
         group: the parameters' group.
         beta: decay factor.
         alpha: minus the learning rate.
     """
+    inner = method.inner
     fused: dict[tuple[torch.dtype, torch.device], list[DenseWork]] = {}
     for work in works:
-        W, G, _ = work
+        W, G, state, key = work
+        moments = method.dense_moments(tuple(W.shape), state_dtype(W), group)
+        if any(spec.codec is not None for spec in moments.values()):
+            _step_coded(inner, work, moments, age, group, beta=beta, alpha=alpha)
         # The kernel walks memory: its tensors must have one dtype and one layout.
-        if inner.fuses and W.dtype == G.dtype == state_dtype(W) and W.is_contiguous() and G.is_contiguous():
+        elif inner.fuses and W.dtype == G.dtype == state_dtype(W) and W.is_contiguous() and G.is_contiguous():
             fused.setdefault((W.dtype, W.device), []).append(work)
         else:
-            _step_tiles(inner, work, age, group, beta=beta, alpha=alpha)
+            own = {key: state[key] for key in moments}
+            _step_tiles(inner, (W, G, own, key), age, group, beta=beta, alpha=alpha)
     for same in fused.values():
-        Ws, Gs, states = (list(column) for column in zip(*same, strict=True))
+        Ws, Gs, states, _ = (list(column) for column in zip(*same, strict=True))
         inner.step_fused(Ws, Gs, states, age, group, beta=beta, alpha=alpha)
 
 
 def _step_tiles(inner: Inner, work: DenseWork, age: int, group: Group, *, beta: float, alpha: float) -> None:
-    W, G, state = work
+    W, G, moments, key = work
     dtype = state_dtype(W)
-    moments = {key: state[key] for key in inner.specs(tuple(W.shape), dtype, group)}
     if not W.is_contiguous():
         U = inner.direction(G.to(dtype).contiguous(), moments, age, group)
-        W.copy_(W.to(dtype).mul(beta).add_(U, alpha=alpha))
+        store_span(W, W.to(dtype).mul(beta).add_(U, alpha=alpha), key, 0)
         return
     columns = W.shape[-1] if W.ndim > 1 else 1
     W, G = W.view(-1, columns), G.reshape(-1, columns)
-    moments = {key: tensor.view(-1, columns) for key, tensor in moments.items()}
+    moments = {name: tensor.view(-1, columns) for name, tensor in moments.items()}
     for tile in tiles(W):
         out = tile.of(W)
-        part = {key: tile.of(tensor) for key, tensor in moments.items()}
+        part = {name: tile.of(tensor) for name, tensor in moments.items()}
         U = inner.direction(tile.of(G).to(dtype).contiguous(), part, age, group)
-        out.copy_(out.to(dtype).mul(beta).add_(U, alpha=alpha))
+        store_span(out, out.to(dtype).mul(beta).add_(U, alpha=alpha), key, tile.start * columns)
+
+
+def _step_coded(
+    inner: Inner, work: DenseWork, specs: dict[str, StateSpec], age: int, group: Group, *, beta: float, alpha: float
+) -> None:
+    """Decode, step and encode piece by piece, so that no whole moment is ever there."""
+    W, G, state, seed = work
+    dtype = state_dtype(W)
+    # Blocks are counted anew for each matrix of a stack. Weights in another memory layout are copied.
+    matrices = W.reshape(W.shape[0] if W.ndim == 3 else 1, -1)
+    gradients = G.reshape(matrices.shape)
+    piece = _CPU_PIECE if on_host(W.device) else _DEVICE_PIECE
+    for index, (weight, gradient) in enumerate(zip(matrices, gradients, strict=True)):
+        held = {key: _matrix(spec, key, state, index) for key, spec in specs.items()}
+        for start in range(0, weight.numel(), piece):
+            stop = min(start + piece, weight.numel())
+            out = weight[start:stop]
+            parts, moments = {}, {}
+            for key, spec in specs.items():
+                assert spec.codec is not None
+                parts[key] = spec.codec.part(held[key], start, stop)
+                moments[key] = spec.codec.decode(parts[key], (stop - start,)).to(dtype)
+            U = inner.direction(gradient[start:stop].to(dtype), moments, age, group)
+            for key, spec in specs.items():
+                assert spec.codec is not None
+                for suffix, tensor in spec.codec.encode(moments[key]).items():
+                    parts[key][suffix].copy_(tensor)
+            store_span(out, out.to(dtype).mul(beta).add_(U, alpha=alpha), seed, index * weight.numel() + start)
+    if matrices.data_ptr() != W.data_ptr():
+        W.copy_(matrices.view(W.shape))
+
+
+def _matrix(spec: StateSpec, key: str, state: State, index: int) -> State:
+    """What holds one matrix of a stack, by suffix of the state key."""
+    stacked = len(spec.shape) == 3
+    return {name.removeprefix(key): state[name][index] if stacked else state[name] for name in spec.stored(key)}

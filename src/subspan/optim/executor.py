@@ -20,6 +20,7 @@ from subspan.optim.matrix import oriented, write_back
 from subspan.optim.method import Found, State, Step
 from subspan.optim.screen import nonfinite_gradients, nonfinite_projections
 from subspan.optim.slots import GradientSlots
+from subspan.optim.storage import close, gather_state, opened, rounded, scatter_state
 from subspan.optim.stored import StoredOptimizer
 from subspan.optim.tiling import on_host
 from subspan.optim.transport import resized
@@ -147,11 +148,11 @@ class Executor(StoredOptimizer):
             group = same[0].group
             beta, alpha = self._factors(group)
             tensors = [
-                (work.parameter, work.gradient, self.state[work.parameter])
+                (work.parameter, work.gradient, self.state[work.parameter], self._rounding_key(work.name, group, age))
                 for work in same
                 if work.gradient is not None
             ]
-            step_dense(self.method.inner, tensors, age, group, beta=beta, alpha=alpha)
+            step_dense(self.method, tensors, age, group, beta=beta, alpha=alpha)
 
     def _prepare(self, work: Work) -> Task | None:
         """Step one projected parameter if its subspace is due for a refresh; else return what is to be done."""
@@ -182,8 +183,10 @@ class Executor(StoredOptimizer):
         R = self._folded[work.name].projected
         if "turned" in state and not int(state["turned"]):
             specs = self._specs(work.name, work.parameter, work.group, state)
+            tensors = opened(state, specs)
             # In place, since the turned ones of all matrices wait for their step together.
-            R.copy_(turn(state, specs, R, self.method.transport, step))
+            R.copy_(turn(tensors, specs, R, self.method.transport, step))
+            close(state, specs, tensors)
             state["turned"].fill_(1)
         age = self.method.transport.age(state, step + 1)
         return Task(work.name, work.parameter, work.gradient, work.group, work.geometry, right, age, state, R)
@@ -264,10 +267,15 @@ class Executor(StoredOptimizer):
         assert method.refresh is not None and method.transport is not None
         step, first = int(state["step"]) - 1, int(state["refreshes"]) == 0
         specs = self._specs(work.name, work.parameter, work.group, state)
-        basis_from_sketch(state, specs, folded.sketch, method.transport, step + 1)
+        tensors = opened(state, specs)
+        old = {"basis": tensors["basis"].clone()}
+        basis_from_sketch(tensors, specs, folded.sketch, method.transport, step + 1)
+        if not first:
+            method.refresh.compare(tensors, old, tensors, work.group)
+        close(state, specs, tensors)
         state["turned"].fill_(0)
         state["refreshes"] += 1
-        due = method.refresh.next_refresh(step, first, lambda: self._places()[work.name], work.group)
+        due = method.refresh.next_refresh(step, first, lambda: self._places()[work.name], work.group, state)
         state["next_refresh"].fill_(due)
 
     def _refresh(self, name: str, parameter: Tensor, G: Tensor, group: dict[str, Any], step: int) -> Tensor | None:
@@ -275,6 +283,7 @@ class Executor(StoredOptimizer):
         method, state = self.method, self.state[parameter]
         assert method.subspace is not None and method.refresh is not None and method.transport is not None
         refreshes = int(state["refreshes"])
+        tensors = opened(state, self._specs(name, parameter, group, state))
         geometry = self._geometry(name, parameter, group, state, refresh=True)
         assert geometry is not None
         found = Found({})
@@ -283,19 +292,23 @@ class Executor(StoredOptimizer):
             found = method.subspace.find(DenseOperator(G), geometry, generator=generator, step=step, group=group)
             if found.rank is not None:
                 geometry = replace(geometry, rank=found.rank)
-        new = found.tensors if method.subspace.stored else {}
         specs = method.specs(geometry, parameter.shape, state_dtype(parameter), group)
+        # What projects is what is held.
+        new = {key: rounded(specs[key], X) for key, X in found.tensors.items()} if method.subspace.stored else {}
         if refreshes > 0:
-            method.transport.carry(state, specs, new, step)
-        self._fit(state, specs, found.projected, parameter.device)
+            method.transport.carry(tensors, specs, new, step)
+        if refreshes > 0 and new:
+            method.refresh.compare(tensors, tensors, new, group)
+        self._fit(tensors, specs, found.projected, parameter.device)
         for key, tensor in new.items():
-            state[key].copy_(tensor)
+            tensors[key].copy_(tensor)
+        close(state, specs, tensors)
         if "rank" in state:
             state["rank"].fill_(geometry.rank)
         state["refreshes"] += 1
-        due = method.refresh.next_refresh(step, refreshes == 0, lambda: self._places()[name], group)
+        due = method.refresh.next_refresh(step, refreshes == 0, lambda: self._places()[name], group, state)
         state["next_refresh"].fill_(due)
-        return found.projected
+        return None if any(specs[key].codec is not None for key in new) else found.projected
 
     @staticmethod
     def _fit(state: State, specs: dict[str, StateSpec], projected: Tensor | None, device: torch.device) -> None:
@@ -314,10 +327,8 @@ class Executor(StoredOptimizer):
         first, method = bucket[0], self.method
         assert method.subspace is not None and method.lift is not None
         group, geometry = first.group, first.geometry
-        changed = [*method.moments(geometry, group), *method.lift.specs(geometry)]
-        tensors = {key: gather([task.state[key] for task in bucket]) for key in changed}
-        for key in method.subspace.specs(geometry) if geometry.projected else ():
-            tensors[key] = gather([self._subspace_tensor(task, key) for task in bucket])
+        changed = method.moments(geometry, group) | method.lift.specs(geometry)
+        tensors = self._subspace_tensors(bucket) if geometry.projected else {}
         parameters = [oriented(task.parameter, task.right) for task in bucket]
         W = gather(parameters)
         gradients = [oriented(task.gradient, task.right) for task in bucket if task.gradient is not None]
@@ -338,28 +349,40 @@ class Executor(StoredOptimizer):
             return self._step_bucket(rest) if rest else None
         for task in bucket:
             task.state["step"] += 1
+        tensors |= gather_state(changed, [task.state for task in bucket])
         U = method.inner.direction(R, tensors, first.age, group) if geometry.rank > 0 else R
         correction = method.inner.correction(first.age, group)
         update = method.lift.lift(Step(G, R, U, projection, tensors, group, correction))
         beta, alpha = self._factors(group)
-        apply_update(W, G, projection, update, beta=beta, alpha=alpha)
+        keys = [self._rounding_key(task.name, group, int(task.state["step"])) for task in bucket]
+        known = [key for key in keys if key is not None]
+        apply_update(W, G, projection, update, beta=beta, alpha=alpha, keys=gather(known) if known else None)
 
-        for key in changed:
-            scatter(tensors[key], [task.state[key] for task in bucket])
+        scatter_state(changed, tensors, [task.state for task in bucket])
         scatter(W, parameters)
         for task, matrix in zip(bucket, parameters, strict=True):
             write_back(matrix, task.parameter, task.right)
 
-    def _subspace_tensor(self, task: Task, key: str) -> Tensor:
-        """A tensor of the subspace in force: from the state, or found again from the seed of the last refresh."""
-        subspace = self.method.subspace
+    def _subspace_tensors(self, bucket: list[Task]) -> State:
+        """The subspaces in force: from the states, or found again from the seeds of the last refreshes."""
+        subspace, first = self.method.subspace, bucket[0]
         assert subspace is not None
+        specs = self.method.subspace_specs(first.geometry, first.group)
         if subspace.stored:
-            return task.state[key]
-        generator = seeded_generator(self.seed, task.name, int(task.state["refreshes"]) - 1)
-        operator = DenseOperator(oriented(task.parameter, task.right))  # for its shape alone
-        found = subspace.find(operator, task.geometry, generator=generator, step=0, group=task.group)
-        return found.tensors[key]
+            return gather_state(specs, [task.state for task in bucket])
+        found = []
+        for task in bucket:
+            generator = seeded_generator(self.seed, task.name, int(task.state["refreshes"]) - 1)
+            operator = DenseOperator(oriented(task.parameter, task.right))  # for its shape alone
+            found.append(subspace.find(operator, task.geometry, generator=generator, step=0, group=task.group).tensors)
+        return {key: gather([tensors[key] for tensors in found]) for key in specs}
+
+    def _rounding_key(self, name: str, group: dict[str, Any], step: int) -> Tensor | None:
+        """Key of the random numbers that round one parameter in one step; None where it is rounded to nearest."""
+        if group.get("rounding", "nearest") == "nearest":
+            return None
+        generator = seeded_generator(self.seed, name, "rounding", step)
+        return torch.randint(-(1 << 63), (1 << 63) - 1, (), generator=generator)
 
     def _factors(self, group: dict[str, Any]) -> tuple[float, float]:
         """(beta, alpha) of W <- beta·W + alpha·D."""

@@ -6,21 +6,28 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from subspan.optim.matrix import PROJ_TYPES
-from subspan.optim.method import Group, Method
+from subspan.optim.method import Geometry, Group, Method
+from subspan.state import basis_codec, moment_codec
 
 ALIASES = {"alpha": "scale", "projection_type": "proj_type"}
 # Keys that torch, its schedulers and users put into groups beside the settings of a method.
 BOOKKEEPING = frozenset({"params", "param_names", "initial_lr", "max_lr", "min_lr", "lr_scale", "name"})
 # Keys that decide the shape of the state: they must agree between a checkpoint and the optimizer that loads it.
-STRUCTURAL = ("rank", "density", "proj_type")
+STRUCTURAL = ("rank", "density", "proj_type", "moments", "basis_storage", "min_quantized", "queue_size")
 
 
 def is_projected(group: Group) -> bool:
     """Whether the matrices of this group are projected."""
     return group.get("rank") is not None or group.get("density") is not None
+
+
+def keeps_whole_moments(group: Group, method: Method) -> bool:
+    """Whether ``moments`` of the optimizer do not count for this group: it holds embeddings, heads and vectors."""
+    return not is_projected(group) and (method.projects or group.get("name") == "others")
 
 
 def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -76,8 +83,13 @@ def check_group(group: Group, method: Method) -> None:
     if "golore_after" in group:
         after = group["golore_after"]
         demand(after == 0 or _is_count(after), "golore_after", "a step: an integer >= 0")
+    if "queue_size" in group:
+        demand(_is_count(group["queue_size"]), "queue_size", "an integer >= 1")
+        number("gamma_proj", 1.0, "a number >= 1")
+        demand(_is_number(group["cos_threshold"]), "cos_threshold", "a number; 1 is the overlap of equal subspaces")
     if "rtol" in group:
         demand(_is_number(group["rtol"]) and 0.0 < group["rtol"] < 1.0, "rtol", "a number between 0 and 1")
+    _check_storage(group, method)
     betas = group.get("betas", (0.0, 0.0))
     pair = isinstance(betas, (tuple, list)) and len(betas) == 2
     demand(pair and all(_is_number(beta) and 0.0 <= beta < 1.0 for beta in betas), "betas", "two numbers in [0, 1)")
@@ -91,6 +103,42 @@ def check_group(group: Group, method: Method) -> None:
         share = _is_number(density) and 0.0 <= density <= 1.0
         demand(share, "density", "a number in [0, 1], or None for a dense group")
         demand(rank is None, "rank", "None where a density is given")
+
+
+def _check_storage(group: Group, method: Method) -> None:
+    """Check how the state of a group is to be held."""
+    least = group.get("min_quantized", 1)
+    if not _is_count(least):
+        raise ValueError(f"{method.name}: min_quantized={least!r} is not allowed; it must be an integer >= 1")
+    moments, basis = group.get("moments", "float32"), group.get("basis_storage", "float32")
+    moment_codec(moments, 1)
+    basis_codec(basis)
+    if moments != "float32" and not method.inner.specs((1, 1), torch.float32, group):
+        raise ValueError(
+            f"{method.name}: moments={moments!r}, but {method.inner} keeps no moments; leave moments out, or take Adam"
+        )
+    rounding = group.get("rounding", "nearest")
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"{method.name}: rounding={rounding!r}: choose 'nearest' or 'stochastic'")
+    if rounding == "stochastic" and any(parameter.dtype == torch.float16 for parameter in group["params"]):
+        raise ValueError(
+            f"{method.name}: rounding='stochastic' is for bfloat16 weights, and there are float16 ones; leave it out, "
+            "or train in bfloat16"
+        )
+    if basis == "float32" or not is_projected(group):
+        return
+    assert method.subspace is not None and method.refresh is not None
+    has_basis = method.subspace.stored and "basis" in method.subspace.specs(Geometry((), 2, 2, 1))
+    if not has_basis:
+        raise ValueError(
+            f"{method.name}: basis_storage={basis!r}, but {method.subspace} stores no basis; leave basis_storage out"
+        )
+    if method.refresh.late:
+        raise ValueError(
+            f"{method.name}: basis_storage={basis!r} does not go together with a late refresh, whose basis is turned "
+            "after the gradient is gone; leave basis_storage out (moments may stay quantised), or refresh at once, "
+            "without fuse_into_backward() and project_gradients()"
+        )
 
 
 def _is_number(value: object) -> bool:

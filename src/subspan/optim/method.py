@@ -14,9 +14,10 @@ They see oriented matrices ``(..., m, n)``, the projected side first.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,11 +25,15 @@ from torch import Tensor
 
 from subspan.linalg import MatrixOperator
 from subspan.optim.projection import Identity, Nothing, Projection
-from subspan.state import StateSpec
+from subspan.state import StateSpec, basis_codec, moment_codec
 
 State = dict[str, Tensor]
 Group = Mapping[str, Any]
 Roster = tuple[tuple[str, int], ...]  # (name, elements) of every projected parameter
+
+
+def _is_large(spec: StateSpec, group: Group) -> bool:
+    return math.prod(spec.shape) >= group.get("min_quantized", 4096)
 
 
 def check_flag(name: str, value: object) -> None:
@@ -131,8 +136,16 @@ class Refresh(ABC):
     #: True when a subspace found from the gradient of one step serves from the next one on.
     late: bool = False
 
+    def specs(self, group: Group) -> dict[str, StateSpec]:
+        """State of the rule itself."""
+        return {}
+
+    def compare(self, state: State, old: State, new: State, group: Group) -> None:
+        """Look at the subspace tensors before and after a refresh other than the first one."""
+        return
+
     @abstractmethod
-    def next_refresh(self, step: int, first: bool, place: Callable[[], float], group: Group) -> int:
+    def next_refresh(self, step: int, first: bool, place: Callable[[], float], group: Group, state: State) -> int:
         """Step of the refresh after the one at ``step``; ``place`` gives the place in the period, in [0, 1)."""
 
 
@@ -304,24 +317,47 @@ class Method:
         """The whole state of one parameter; ``geometry`` is None for a dense one."""
         step = {"step": StateSpec((), torch.float32, host=True)}
         if geometry is None:
-            return step | self.inner.specs(tuple(shape), dtype, group)
+            return step | self.dense_moments(tuple(shape), dtype, group)
         assert self.subspace is not None and self.transport is not None and self.lift is not None
         assert self.refresh is not None
         clock = StateSpec((), torch.int64, host=True)
         specs = step | {"next_refresh": clock, "refreshes": clock} | self.transport.specs()
+        specs |= self.refresh.specs(group)
         if self.refresh.late:
             specs["turned"] = clock
         if not self.subspace.fixed_rank:
             specs["rank"] = clock
         if geometry.projected and self.subspace.stored:
-            specs |= self.subspace.specs(geometry)
+            specs |= self.subspace_specs(geometry, group)
         return specs | self.moments(geometry, group) | self.lift.specs(geometry)
 
     def moments(self, geometry: Geometry, group: Group) -> dict[str, StateSpec]:
         """State of the inner rule for one projected parameter."""
         if geometry.rank == 0:
             return {}
-        return self.inner.specs((*geometry.batch, geometry.rank, geometry.n), geometry.dtype, group)
+        return self.dense_moments((*geometry.batch, geometry.rank, geometry.n), geometry.dtype, group)
+
+    def dense_moments(self, shape: tuple[int, ...], dtype: torch.dtype, group: Group) -> dict[str, StateSpec]:
+        """State of the inner rule for a gradient of ``shape``, held as the group's ``moments`` say.
+
+        Vectors and what has fewer than ``min_quantized`` elements stay as they are.
+        """
+        specs, storage = self.inner.specs(shape, dtype, group), group.get("moments", "float32")
+        return {
+            key: replace(spec, codec=moment_codec(storage, spec.moment))
+            if spec.moment is not None and len(shape) > 1 and _is_large(spec, group)
+            else spec
+            for key, spec in specs.items()
+        }
+
+    def subspace_specs(self, geometry: Geometry, group: Group) -> dict[str, StateSpec]:
+        """The tensors of a subspace, a basis held as the group's ``basis_storage`` says."""
+        assert self.subspace is not None
+        specs, codec = self.subspace.specs(geometry), basis_codec(group.get("basis_storage", "float32"))
+        return {
+            key: replace(spec, codec=codec) if spec.dtype.is_floating_point and _is_large(spec, group) else spec
+            for key, spec in specs.items()
+        }
 
     def projection(self, tensors: State, geometry: Geometry) -> Projection:
         """The projection in force: of the subspace, or the trivial ones at full rank and at rank 0."""

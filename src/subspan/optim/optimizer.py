@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from subspan.optim.executor import Executor
 from subspan.optim.fused import BackwardFusion
-from subspan.optim.groups import is_projected, unknown_setting
+from subspan.optim.groups import check_group, is_projected, unknown_setting
 from subspan.optim.late import Folded
 from subspan.optim.method import Method, Roster
 from subspan.optim.param_groups import GROUPING, param_groups
@@ -109,7 +109,8 @@ class LowRankOptimizer(Executor):
 
         Raises:
             RuntimeError: more than one process.
-            ValueError: subspaces that need the whole gradient (``svd="exact"``, ``rank_policy="tolerance"``).
+            ValueError: subspaces that need the whole gradient (``svd="exact"``, ``rank_policy="tolerance"``), or a
+                quantised basis.
 
         Example:
             >>> from subspan.optim import GaLore
@@ -129,7 +130,10 @@ class LowRankOptimizer(Executor):
             return
         assert method.subspace is not None and method.refresh is not None
         if method.subspace.sees != "nothing" and not method.refresh.late:
-            self.method = replace(method, refresh=replace(method.refresh, late=True))  # type: ignore[type-var]
+            method = replace(method, refresh=replace(method.refresh, late=True))  # type: ignore[type-var]
+            for group in self.param_groups:
+                check_group(group, method)
+            self.method = method
             for state in self.state.values():
                 if "refreshes" in state:
                     state["turned"] = torch.ones((), dtype=torch.int64)

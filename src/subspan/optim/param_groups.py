@@ -13,7 +13,7 @@ from torch import nn
 from subspan.optim.names import canonical_name
 
 #: Settings of `param_groups` that an optimizer built from a model hands on.
-GROUPING = frozenset({"rank", "density", "target_modules", "exclude", "lr_scale", "other_lr_scale"})
+GROUPING = frozenset({"rank", "density", "target_modules", "exclude", "lr_scale", "other_lr_scale", "other_moments"})
 
 _NEVER = (nn.Embedding, nn.EmbeddingBag, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 _CONVOLUTIONS = (nn.modules.conv._ConvNd,)
@@ -26,6 +26,7 @@ def param_groups(
     exclude: str | Sequence[str] = (),
     lr_scale: float = 1.0,
     other_lr_scale: float = 1.0,
+    other_moments: str | None = None,
     weight_decay: float | None = None,
     **settings: Any,
 ) -> list[dict[str, Any]]:
@@ -47,6 +48,8 @@ def param_groups(
         exclude: the same, to leave modules dense.
         lr_scale: factor on the learning rate of the targets.
         other_lr_scale: factor on the learning rate of all other parameters.
+        other_moments: how the moments of the other matrices (embeddings, heads) are held, as ``moments`` of the
+            optimizer; None leaves them in float32.
         weight_decay: of all matrices, targets or not; vectors (biases, norms) get 0. None leaves the optimizer's.
         **settings: further keys of the target group (``scale``, ``update_proj_gap``, ``proj_type``, ...).
 
@@ -102,9 +105,10 @@ def param_groups(
     if rank is not None:
         target_settings["rank"] = rank
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+    storage = {} if other_moments is None else {"moments": other_moments}
     groups = [
         {"params": targets, "name": "targets", "lr_scale": lr_scale, **decay, **target_settings},
-        {"params": others, "name": "others", "lr_scale": other_lr_scale, **decay},
+        {"params": others, "name": "others", "lr_scale": other_lr_scale, **decay, **storage},
         {"params": vectors, "name": "vectors", "lr_scale": other_lr_scale, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]

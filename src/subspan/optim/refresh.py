@@ -6,8 +6,12 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from subspan.optim.method import Group, Refresh, Roster, check_flag
+import torch
+
+from subspan.linalg import subspace_overlap
+from subspan.optim.method import Group, Refresh, Roster, State, check_flag
 from subspan.optim.names import natural_key
+from subspan.state import StateSpec
 
 
 @dataclass(frozen=True)
@@ -29,9 +33,55 @@ class EveryGap(Refresh):
         check_flag("stagger", self.stagger)
         check_flag("late", self.late)
 
-    def next_refresh(self, step: int, first: bool, place: Callable[[], float], group: Group) -> int:
+    def next_refresh(self, step: int, first: bool, place: Callable[[], float], group: Group, state: State) -> int:
         gap = group["update_proj_gap"]
         return step + (1 + int(place() * gap) if first and self.stagger else gap)
+
+
+@dataclass(frozen=True)
+class LazyGap(EveryGap):
+    """`EveryGap` whose period is multiplied by ``gamma_proj`` once the subspaces have stayed alike (Q-GaLore).
+
+    Alike are two subspaces whose overlap ‖Q_oldᵀQ_new‖²_F/r is at least ``cos_threshold``. When that held
+    ``queue_size`` times in a row the period is longer, and counting starts again. A stack has one period, from the mean
+    of its overlaps.
+
+    Args:
+        official_code: as the official code has it: the cosine of the first directions in place of the overlap, its mean
+            over the last ``queue_size`` refreshes, and no new count after a longer period, so that once it is longer it
+            grows with each refresh.
+
+    Source: arXiv 2407.08296.
+    """
+
+    official_code: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flag("official_code", self.official_code)
+
+    def specs(self, group: Group) -> dict[str, StateSpec]:
+        overlaps = StateSpec((group["queue_size"],), host=True)
+        return {"gap": StateSpec((), torch.int64, host=True), "overlaps": overlaps}
+
+    def compare(self, state: State, old: State, new: State, group: Group) -> None:
+        overlaps, threshold = state["overlaps"], group["cos_threshold"]
+        if self.official_code:
+            overlap = (old["basis"][..., 0] * new["basis"][..., 0]).sum(dim=-1).mean()
+        else:
+            overlap = subspace_overlap(old["basis"], new["basis"]).mean()
+        overlaps.copy_(torch.cat([overlaps[1:], overlap.reshape(1).to(overlaps)]))
+        if float(overlaps.mean() if self.official_code else overlaps.min()) >= threshold:
+            state["gap"].fill_(int(int(state["gap"]) * group["gamma_proj"]))
+            if not self.official_code:
+                overlaps.fill_(-torch.inf)
+
+    def next_refresh(self, step: int, first: bool, place: Callable[[], float], group: Group, state: State) -> int:
+        if first:
+            state["gap"].fill_(group["update_proj_gap"])
+            state["overlaps"].fill_(-torch.inf)
+            return super().next_refresh(step, first, place, group, state)
+        return step + int(state["gap"])
 
 
 def every_gap(stagger: bool, refresh: str) -> EveryGap:

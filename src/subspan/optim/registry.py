@@ -11,7 +11,9 @@ from subspan.optim.methods.apollo import APOLLO, APOLLOMini
 from subspan.optim.methods.fira import Fira
 from subspan.optim.methods.frugal import FRUGAL
 from subspan.optim.methods.galore import GaLore
+from subspan.optim.methods.galore_8bit import GaLore8bit
 from subspan.optim.methods.golore import GoLore
+from subspan.optim.methods.q_galore import QGaLore
 from subspan.optim.optimizer import LowRankOptimizer, Params
 
 
@@ -43,6 +45,8 @@ _METHODS = {
     for info in (
         MethodInfo("adamw", AdamW, "AdamW", "1711.05101", "full-rank baseline, through the same executor", size=None),
         MethodInfo("galore", GaLore, "GaLore", "2403.03507", "Adam in a low-rank subspace of the gradient"),
+        MethodInfo("galore_8bit", GaLore8bit, "8-bit GaLore", "2403.03507", "GaLore with moments of 8 bits"),
+        MethodInfo("q_galore", QGaLore, "Q-GaLore", "2407.08296", "8-bit GaLore with 4-bit bases and lazy refreshes"),
         MethodInfo("golore", GoLore, "GoLore", "2410.11289", "GaLore with random subspaces, late or throughout"),
         MethodInfo("fira", Fira, "Fira", "2410.01623", "GaLore plus the scaled rest of the gradient"),
         MethodInfo("apollo", APOLLO, "APOLLO", "2412.05270", "the gradient scaled by channel from a random sketch"),

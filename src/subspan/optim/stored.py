@@ -31,7 +31,7 @@ class StoredOptimizer(DeclaredOptimizer):
     def _ensure_state(self, name: str, parameter: Tensor, group: dict[str, Any]) -> State:
         state = self.state[parameter]
         if not state:
-            for key, spec in self._specs(name, parameter, group, {}).items():
+            for key, spec in self._stored_specs(name, parameter, group, {}).items():
                 state[key] = spec.allocate(parameter.device)
         self._bound[name] = parameter
         return state
@@ -73,7 +73,7 @@ class StoredOptimizer(DeclaredOptimizer):
                 state_dict = replaced
         origin = loading.check_origin(state_dict, self.method)
         saved_groups = state_dict["param_groups"]
-        loaded = loading.load_parameters(self.param_groups, saved_groups, state_dict["state"], self._specs)
+        loaded = loading.load_parameters(self.param_groups, saved_groups, state_dict["state"], self._stored_specs)
         groups = []
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
             settings = {

@@ -1,5 +1,17 @@
-"""Declarations of optimizer state."""
+"""Declarations of optimizer state, and how it is held."""
 
-from subspan.state.spec import StateSpec
+from subspan.state.codec import BFloat16, Blockwise, Codec, basis_codec, moment_codec
+from subspan.state.rounding import random_bits, round_stochastically
+from subspan.state.spec import StateSpec, stored
 
-__all__ = ["StateSpec"]
+__all__ = [
+    "BFloat16",
+    "Blockwise",
+    "Codec",
+    "StateSpec",
+    "basis_codec",
+    "moment_codec",
+    "random_bits",
+    "round_stochastically",
+    "stored",
+]

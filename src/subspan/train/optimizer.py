@@ -37,7 +37,9 @@ def resolve(config: PretrainConfig, hidden_size: int) -> PretrainConfig:
         64
     """
     info = method_info(config.method)
-    defaults = inspect.signature(info.optimizer).parameters
+    # A recipe that is another with other defaults hands the rest on.
+    kinds = [kind for kind in reversed(info.optimizer.__mro__) if issubclass(kind, LowRankOptimizer)]
+    defaults = {key: value for kind in kinds for key, value in inspect.signature(kind).parameters.items()}
     if info.size is None and config.rank is not None:
         raise ValueError(f"rank is {config.rank}, but the method {config.method!r} projects nothing; leave rank out.")
     rank = config.rank

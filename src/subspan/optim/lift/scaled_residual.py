@@ -49,14 +49,18 @@ class ScaledResidual(Lift):
 
     @staticmethod
     def _residual_norm(step: Step, phi: Tensor, R_squared: Tensor, inside: float) -> Tensor:
-        """‖φ∘(G − inside·QR)‖_F, which is Σ φ_j²(‖G_j‖² − (2·inside − inside²)‖R_j‖²) under the root."""
+        """‖φ∘(G − inside·QR)‖_F, which is Σ φ_j²(‖G_j‖² − (2·inside − inside²)‖R_j‖²) under the root.
+
+        With a rounded basis ‖QR_j‖² is not ‖R_j‖², so the residual is formed in row tiles.
+        """
         assert step.gradient is not None
         G_squared = column_norms_squared(step.gradient)
         weights = phi.square()
         whole = (weights * G_squared).sum((-2, -1))
         outside = (weights * (G_squared - (2.0 * inside - inside * inside) * R_squared)).sum((-2, -1))
+        exact = step.group.get("basis_storage", "float32") == "float32"
         # Asked so that yes, the answer of a simulation, is the way that needs more memory.
-        if not bool((outside <= _TRUSTED_SHARE * whole).any()):
+        if exact and not bool((outside <= _TRUSTED_SHARE * whole).any()):
             return outside.sqrt()
         outside = torch.zeros_like(whole)
         for tile in tiles(step.gradient):

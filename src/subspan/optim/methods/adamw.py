@@ -22,6 +22,7 @@ class AdamW(LowRankOptimizer):
         betas: decay rates of the moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled weight decay.
+        moments, min_quantized, rounding: as for `GaLore`; of a model's matrices all but embeddings and heads count.
         seed, nonfinite: see `LowRankOptimizer`.
         **grouping: with a model: settings of `param_groups`.
 
@@ -40,11 +41,22 @@ class AdamW(LowRankOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
+        moments: str = "float32",
+        min_quantized: int = 4096,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
         seed: int = 0,
         nonfinite: Literal["skip", "raise"] = "skip",
         **grouping: Any,
     ) -> None:
         if isinstance(params, nn.Module):
             grouping = {"rank": None, **grouping}
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "moments": moments,
+            "min_quantized": min_quantized,
+            "rounding": rounding,
+        }
         super().__init__(params, Method("adamw", Adam()), defaults, seed=seed, nonfinite=nonfinite, grouping=grouping)

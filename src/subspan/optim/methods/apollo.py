@@ -33,6 +33,7 @@ class APOLLO(LowRankOptimizer):
         scale_front: put √scale inside the limited norm (for short warm-ups).
         store_basis: False draws Ω again from its seed at each step: m·r numbers less, and slower.
         stagger: spread the redraws over the period.
+        moments, basis_storage, min_quantized, rounding: as for `GaLore`.
         seed, nonfinite: see `LowRankOptimizer`.
         **grouping: with a model: settings of `param_groups` such as ``rank`` and ``target_modules``.
 
@@ -61,6 +62,10 @@ class APOLLO(LowRankOptimizer):
         scale_front: bool = False,
         store_basis: bool = True,
         stagger: bool = True,
+        moments: str = "float32",
+        basis_storage: str = "float32",
+        min_quantized: int = 4096,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
         seed: int = 0,
         nonfinite: Literal["skip", "raise"] = "skip",
         **grouping: Any,
@@ -83,6 +88,10 @@ class APOLLO(LowRankOptimizer):
             "scale": scale,
             "proj_type": proj_type,
             "limiter": limiter,
+            "moments": moments,
+            "basis_storage": basis_storage,
+            "min_quantized": min_quantized,
+            "rounding": rounding,
         }
         super().__init__(params, method, defaults, seed=seed, nonfinite=nonfinite, grouping=grouping)
 

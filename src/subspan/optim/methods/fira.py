@@ -28,6 +28,7 @@ class Fira(LowRankOptimizer):
         limiter: γ of the norm-growth limiter; None for none.
         update_proj_gap, scale, proj_type, svd, rank_policy, rtol, stagger, eps_placement: as for `GaLore`.
         official_code: subtract scale·QR instead of QR, as the official code does.
+        moments, basis_storage, min_quantized, rounding: as for `GaLore`.
         seed, nonfinite: see `LowRankOptimizer`.
         **grouping: with a model: settings of `param_groups` such as ``rank`` and ``target_modules``.
 
@@ -57,6 +58,10 @@ class Fira(LowRankOptimizer):
         stagger: bool = True,
         eps_placement: Literal["after", "before"] = "after",
         official_code: bool = False,
+        moments: str = "float32",
+        basis_storage: str = "float32",
+        min_quantized: int = 4096,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
         seed: int = 0,
         nonfinite: Literal["skip", "raise"] = "skip",
         **grouping: Any,
@@ -80,5 +85,9 @@ class Fira(LowRankOptimizer):
             "scale": scale,
             "proj_type": proj_type,
             "limiter": limiter,
+            "moments": moments,
+            "basis_storage": basis_storage,
+            "min_quantized": min_quantized,
+            "rounding": rounding,
         }
         super().__init__(params, method, defaults, seed=seed, nonfinite=nonfinite, grouping=grouping)

@@ -40,6 +40,7 @@ class FRUGAL(LowRankOptimizer):
         subspace: ``"blocks"`` (whole tensors, the last first), ``"rows"`` (coordinates), ``"svd"``,
             ``"randomized_svd"`` or ``"stiefel"``; all but blocks also take a ``rank`` in the group instead of
             ``density``.
+        moments, basis_storage, min_quantized, rounding: as for `GaLore`.
         seed, nonfinite: see `LowRankOptimizer`.
         **grouping: with a model: settings of `param_groups` such as ``target_modules``.
 
@@ -66,6 +67,10 @@ class FRUGAL(LowRankOptimizer):
         update_proj_gap: int = 200,
         proj_type: str = "std",
         subspace: str = "blocks",
+        moments: str = "float32",
+        basis_storage: str = "float32",
+        min_quantized: int = 4096,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
         seed: int = 0,
         nonfinite: Literal["skip", "raise"] = "skip",
         **grouping: Any,
@@ -95,5 +100,9 @@ class FRUGAL(LowRankOptimizer):
             "update_proj_gap": update_proj_gap,
             "proj_type": proj_type,
             "sign_scale": sign_scale,
+            "moments": moments,
+            "basis_storage": basis_storage,
+            "min_quantized": min_quantized,
+            "rounding": rounding,
         }
         super().__init__(params, method, defaults, seed=seed, nonfinite=nonfinite, grouping=grouping)

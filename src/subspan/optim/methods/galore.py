@@ -38,6 +38,14 @@ class GaLore(LowRankOptimizer):
         inner: the optimizer inside; Adam by default.
         eps_placement: see `Adam`; galore-torch adds ε ``"before"`` bias correction.
         decay: ``"before"`` the update, or ``"after"`` it as galore-torch does.
+        moments: how the moments are held: ``"float32"``, ``"bfloat16"``, ``"8bit"`` or ``"4bit"``. Dense groups
+            (embeddings, heads) keep float32 unless their dict says otherwise, or ``other_moments`` of `param_groups`
+            does; vectors (norms, biases) always do.
+        basis_storage: how the basis is held: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``. What it is
+            rounded to projects and projects back.
+        min_quantized: tensors of state with fewer elements keep float32.
+        rounding: of bfloat16 weights, once a step: to ``"nearest"``, or ``"stochastic"``, which keeps small steps in
+            the mean.
         seed, nonfinite: see `LowRankOptimizer`.
         **grouping: with a model: settings of `param_groups` such as ``rank`` and ``target_modules``.
 
@@ -50,6 +58,8 @@ class GaLore(LowRankOptimizer):
 
     Source: arXiv 2403.03507.
     """
+
+    _name = "galore"
 
     def __init__(
         self,
@@ -70,12 +80,16 @@ class GaLore(LowRankOptimizer):
         inner: Inner | None = None,
         eps_placement: Literal["after", "before"] = "after",
         decay: Literal["before", "after"] = "before",
+        moments: str = "float32",
+        basis_storage: str = "float32",
+        min_quantized: int = 4096,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
         seed: int = 0,
         nonfinite: Literal["skip", "raise"] = "skip",
         **grouping: Any,
     ) -> None:
         method = Method(
-            "galore",
+            self._name,
             subspace=gradient_subspace(svd, rank_policy),
             refresh=every_gap(stagger, refresh),
             transport=Keep(),
@@ -93,5 +107,9 @@ class GaLore(LowRankOptimizer):
             "update_proj_gap": update_proj_gap,
             "scale": scale,
             "proj_type": proj_type,
+            "moments": moments,
+            "basis_storage": basis_storage,
+            "min_quantized": min_quantized,
+            "rounding": rounding,
         }
         super().__init__(params, method, defaults, seed=seed, nonfinite=nonfinite, grouping=grouping)

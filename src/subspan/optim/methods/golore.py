@@ -28,6 +28,7 @@ class GoLore(LowRankOptimizer):
         golore_after: step from which refreshes draw random subspaces; 0: always.
         update_proj_gap, scale, proj_type, svd, stagger, refresh, inner: as for `GaLore`.
         rank_policy, rtol: as for `GaLore`, while subspaces are those of the gradient; random ones take all of ``rank``.
+        moments, basis_storage, min_quantized, rounding: as for `GaLore`.
         seed, nonfinite: see `LowRankOptimizer`.
         **grouping: with a model: settings of `param_groups` such as ``rank`` and ``target_modules``.
 
@@ -60,6 +61,10 @@ class GoLore(LowRankOptimizer):
         stagger: bool = True,
         refresh: Literal["now", "late"] = "now",
         inner: Inner | None = None,
+        moments: str = "float32",
+        basis_storage: str = "float32",
+        min_quantized: int = 4096,
+        rounding: Literal["nearest", "stochastic"] = "nearest",
         seed: int = 0,
         nonfinite: Literal["skip", "raise"] = "skip",
         **grouping: Any,
@@ -88,5 +93,9 @@ class GoLore(LowRankOptimizer):
             "scale": scale,
             "proj_type": proj_type,
             "golore_after": golore_after,
+            "moments": moments,
+            "basis_storage": basis_storage,
+            "min_quantized": min_quantized,
+            "rounding": rounding,
         }
         super().__init__(params, method, defaults, seed=seed, nonfinite=nonfinite, grouping=grouping)
