@@ -69,7 +69,7 @@ class _HostNumbers(TorchDispatchMode):
 
 
 def _makes_host_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a factory of tensors makes a scalar, indices, or a short table (of codes, which outlives a simulation)."""
+    """Whether a factory of tensors makes a scalar, indices, or a short table (of codes, which is kept)."""
     if not (args and isinstance(args[0], (list, tuple))):
         return bool(args)  # arange, linspace
     shape = args[0]
@@ -130,5 +130,5 @@ def _advance(optimizer: LowRankOptimizer, name: str, group: Any, state: State, l
             value.copy_(like[key])
     if refreshed and optimizer.method.refresh is not None:
         step, first = int(state["step"]) - 1, int(state["refreshes"]) == 1
-        due = optimizer.method.refresh.next_refresh(step, first, lambda: optimizer._places()[name], group)
+        due = optimizer.method.refresh.next_refresh(step, first, lambda: optimizer._places()[name], group, state)
         state["next_refresh"].fill_(due)
