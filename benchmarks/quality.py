@@ -36,7 +36,7 @@ import torch
 from record import RESULTS, environment, import_peer
 from torch import Tensor
 
-OURS = ("galore", "golore", "fira", "apollo", "apollo_mini", "frugal", "galore_projected")
+OURS = ("galore", "golore", "fira", "apollo", "apollo_mini", "frugal", "galore_projected", "galore_8bit", "q_galore")
 CONTENDERS = ("adamw", "galore_torch", *OURS)
 #: What makes two runs comparable; `lr`, `ratio` and `contender` vary within it.
 COMMON = ("model", "steps", "batch_size", "seq_len", "rank", "gap", "precision", "warm_up", "final_lr")
