@@ -45,7 +45,8 @@ def test_bucketed_equals_single(case: Case) -> None:
     train(optimizer, together, STEPS)
     for name, p in alone.items():
         train(case(case.groups({name: p}), **settings), {name: p}, STEPS)
-    assert difference(together, alone) < 2e-6  # eight units in the last place of entries near 2
+    # Ranks near the side hold directions that are hardly more than rounding.
+    assert difference(together, alone) < (2e-6 if "rank_policy" in case.settings else 1e-6)
     assert difference(together, parameters(shapes)) > 1e-3
 
 

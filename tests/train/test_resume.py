@@ -61,7 +61,7 @@ def test_a_killed_run_continues_bit_exactly(
         stop_after(patch, 7)
         run(tmp_path, output=str(tmp_path / "cut"), **changes)
     # Lines after the last checkpoint were written and are to be dropped.
-    assert metrics(tmp_path / "cut")[-1]["step"] > 4
+    assert [line["step"] for line in metrics(tmp_path / "cut") if "ranks" not in line][-1] == 6
     summary = run(tmp_path, output=str(tmp_path / "cut"), resume="auto", **changes)
     assert_equal_runs(tmp_path / "whole", tmp_path / "cut", 12)
     assert summary.eval_loss == whole.eval_loss
