@@ -19,7 +19,7 @@ from subspan.optim import create_optimizer
 
 RECIPES = [
     ("galore", "full"), ("galore", "fused"), ("galore", "projected"), ("golore", "projected"), ("fira", "full"),
-    ("fira", "fused"), ("apollo", "full"), ("adamw", "full"),
+    ("fira", "fused"), ("apollo", "full"), ("adamw", "full"), ("q_galore", "projected"),
 ]  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from subspan.nn import ProjectedConv1D, ProjectedLinear, project_gradients
-from subspan.optim import SGD, Fira, GaLore, GoLore, param_groups
+from subspan.optim import SGD, Fira, GaLore, GoLore, QGaLore, param_groups
 
 GAP = 4
 SHAPES = {"wide": (16, 24), "tall": (24, 16), "square": (16, 16)}
@@ -108,7 +108,15 @@ def test_slots_hold_the_projection_and_the_sketch_of_the_gradient(
 
 @pytest.mark.parametrize("proj_type", SIDES)
 @pytest.mark.parametrize(
-    ("cls", "settings"), [(GaLore, {}), (GaLore, {"stagger": False}), (GoLore, {"golore_after": 6})]
+    ("cls", "settings"),
+    [
+        (GaLore, {}),
+        (GaLore, {"stagger": False}),
+        (GoLore, {"golore_after": 6}),
+        (GaLore, {"basis_storage": "int8", "min_quantized": 1}),
+        (QGaLore, {"min_quantized": 1, "queue_size": 1, "cos_threshold": 0.0}),
+    ],
+    ids=str,
 )
 def test_training_equals_that_with_folded_gradients(cls: Any, settings: dict[str, Any], proj_type: str) -> None:
     one, other = Network(), Network()
@@ -148,9 +156,10 @@ def test_activation_checkpointing_changes_no_number() -> None:
     assert difference(one, other) == 0
 
 
-def test_compiled_layers_train_alike() -> None:
+@pytest.mark.parametrize("settings", [{}, {"basis_storage": "int4", "min_quantized": 1}], ids=str)
+def test_compiled_layers_train_alike(settings: dict[str, Any]) -> None:
     one, other = Network(), Network()
-    ours, eager = build(one, stagger=False), build(other, stagger=False)
+    ours, eager = build(one, stagger=False, **settings), build(other, stagger=False, **settings)
     train(torch.compile(one, backend="aot_eager"), ours)
     train(other, eager)
     assert difference(one, other) < 1e-5
@@ -191,6 +200,19 @@ def test_less_is_kept_for_backward() -> None:
     optimizer.step()
     assert before >= 3 * 512 * 64 * 4
     assert kept(model) < before / 8
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_decoded_basis_is_not_kept_for_backward(side: str) -> None:
+    layer = nn.Linear(64, 64, bias=False)
+    group = {"params": [("weight", layer.weight)], "rank": 4, "proj_type": side, "min_quantized": 1}
+    optimizer = GaLore([group], basis_storage="int8")
+    project_gradients(layer, optimizer)
+    kept: list[tuple[torch.dtype, tuple[int, ...]]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda X: kept.append((X.dtype, tuple(X.shape))) or X, lambda X: X):
+        layer(torch.randn(32, 64)).sum().backward()
+    assert (torch.uint8, (64, 4)) in kept
+    assert kept.count((torch.float32, (64, 4))) == 1  # the test matrix
 
 
 def test_a_gradient_that_arrives_in_another_way_is_folded_too() -> None:
@@ -241,14 +263,15 @@ def test_a_lora_layer_with_a_frozen_factor_is_a_projected_gradient(inner: Any) -
     assert A.abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("settings", [{}, {"basis_storage": "int4", "min_quantized": 1}], ids=str)
 @pytest.mark.parametrize("stop", [1, GAP, 7])
-def test_resume_is_bit_exact(stop: int) -> None:
+def test_resume_is_bit_exact(stop: int, settings: dict[str, Any]) -> None:
     model = Network()
-    optimizer = build(model)
+    optimizer = build(model, **settings)
     train(model, optimizer, range(stop))
     other = Network()
     other.load_state_dict(model.state_dict())
-    continued = build(other)
+    continued = build(other, **settings)
     continued.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     train(model, optimizer, range(stop, 3 * GAP))
     train(other, continued, range(stop, 3 * GAP))

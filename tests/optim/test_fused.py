@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from references.late import LateGaLoreReference
+from references.quantised import linear_levels, quantised
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +24,8 @@ FOLDING: list[tuple[str, dict[str, Any]]] = [
     ("golore", {}),
     ("golore", {"golore_after": 6}),
     ("galore", {"moments": "8bit", "min_quantized": 1}),
+    ("golore", {"golore_after": 6, "basis_storage": "bfloat16", "min_quantized": 1}),
+    ("q_galore", {"min_quantized": 1, "queue_size": 1, "cos_threshold": 0.0}),
 ]
 IMMEDIATE: list[tuple[str, dict[str, Any]]] = [
     ("fira", {}),
@@ -179,8 +182,9 @@ def test_an_immediate_update_refuses_accumulation_and_clipping(method: str, sett
         (model(x) - y).square().mean().backward()
 
 
+@pytest.mark.parametrize("storage", ["float32", "int8", "int4"])
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)], ids=str)
-def test_a_late_refresh_follows_its_reference(shape: tuple[int, int]) -> None:
+def test_a_late_refresh_follows_its_reference(shape: tuple[int, int], storage: str) -> None:
     numbers: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95)}
     drawn = iter(range(10**6))
     reference = LateGaLoreReference(
@@ -188,15 +192,15 @@ def test_a_late_refresh_follows_its_reference(shape: tuple[int, int]) -> None:
         sketch=lambda G, rank: (
             G @ gaussian_sketch(G.shape[1], rank, generator=seeded_generator(5, "a", next(drawn))).double()
         ),
+        hold=None if storage == "float32" else lambda Q: quantised(Q, linear_levels(int(storage[3:])), block=256),
         rank=4,
         update_proj_gap=GAP,
         **numbers,
     )
     p = nn.Parameter(torch.zeros(shape))
     W = p.detach().double()
-    optimizer = GaLore(
-        [{"params": [("a", p)], "rank": 4, "update_proj_gap": GAP}], refresh="late", stagger=False, seed=5, **numbers
-    )
+    groups = [{"params": [("a", p)], "rank": 4, "update_proj_gap": GAP, "min_quantized": 1}]
+    optimizer = GaLore(groups, refresh="late", stagger=False, seed=5, basis_storage=storage, **numbers)
     for step in range(4 * GAP):
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
         U, S, Vh = torch.linalg.svd(noise, full_matrices=False)

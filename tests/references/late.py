@@ -18,18 +18,28 @@ def canonical(Q: Tensor) -> Tensor:
 
 
 class LateGaLoreReference(GaLoreReference):
-    """`start(G, rank)` draws the first basis, `sketch(G, rank)` gives GΩ at a refresh."""
+    """`start(G, rank)` draws the first basis, `sketch(G, rank)` gives GΩ at a refresh.
+
+    With `hold`, which rounds a basis, no basis is turned: the one of a sketch has its left singular vectors.
+    """
 
     def __init__(
-        self, *, start: Callable[[Tensor, int], Tensor], sketch: Callable[[Tensor, int], Tensor], **settings: Any
+        self,
+        *,
+        start: Callable[[Tensor, int], Tensor],
+        sketch: Callable[[Tensor, int], Tensor],
+        hold: Callable[[Tensor], Tensor] | None = None,
+        **settings: Any,
     ) -> None:
         super().__init__(**settings)
-        self.start, self.sketch = start, sketch
+        self.start, self.sketch, self.hold = start, sketch, hold
         self.turned = True
 
     def direction(self, G: Tensor) -> Tensor:
         if self.Q is None:
             self.Q = self.start(G, self.rank).double()
+            if self.hold is not None:
+                self.Q = self.hold(self.Q)
         R = self.Q.T @ G
         if not self.turned:
             X = torch.linalg.eigh(R @ R.T).eigenvectors.flip(1)
@@ -39,7 +49,11 @@ class LateGaLoreReference(GaLoreReference):
         R = drop_round_off(R, len(G))
         D = self.lift(self.Q, R, self.inner(R), G)
         if self.t % self.gap == 0:
-            new = canonical(torch.linalg.qr(self.sketch(G, self.rank).double()).Q)
+            Y = self.sketch(G, self.rank).double()
+            if self.hold is None:
+                new = canonical(torch.linalg.qr(Y).Q)
+            else:
+                new = self.hold(canonical(torch.linalg.svd(Y, full_matrices=False).U))
             self.carry(self.Q, new)
-            self.Q, self.turned = new, False
+            self.Q, self.turned = new, self.hold is not None
         return D

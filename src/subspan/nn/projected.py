@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from subspan.optim import LowRankOptimizer
 from subspan.optim.names import canonical_name
-from subspan.optim.slots import GradientSlots
+from subspan.optim.slots import GradientSlots, decoded
+from subspan.state import StateSpec
 
 __all__ = ["ProjectedConv1D", "ProjectedLinear", "project_gradients"]
 
@@ -133,12 +134,15 @@ def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, slots: GradientSlots,
         bias = None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
         return _ProjectedProduct.apply(  # type: ignore[no-any-return]
-            x, weight, bias, slots.basis, slots.test_matrix, slots.projected, slots.sketch, input_side
+            x, weight, bias, slots.test_matrix, slots.projected, slots.sketch, input_side, slots.spec, *slots.held
         )
 
 
 class _ProjectedProduct(torch.autograd.Function):
-    """xWᵀ + b whose backward gives R to one leaf, and the sketch to another."""
+    """xWᵀ + b whose backward gives R to one leaf, and the sketch to another.
+
+    A basis is decoded where it is used, and not kept from forward to backward.
+    """
 
     @staticmethod
     def forward(
@@ -146,35 +150,37 @@ class _ProjectedProduct(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        basis: Tensor,
         test_matrix: Tensor | None,
         projected: Tensor,
         sketch: Tensor,
         input_side: bool,
+        spec: StateSpec,
+        *held: Tensor,
     ) -> Tensor:
-        ctx.input_side, ctx.has_bias = input_side, bias is not None
-        basis = basis.to(x.dtype)
-        if input_side and test_matrix is None:
-            ctx.save_for_backward(x @ basis, weight, None, None)
+        ctx.input_side, ctx.has_bias, ctx.spec = input_side, bias is not None, spec
+        ctx.is_projected = input_side and test_matrix is None
+        if ctx.is_projected:
+            ctx.save_for_backward(x @ decoded(spec, held).to(x.dtype), weight)
         else:
-            ctx.save_for_backward(x, weight, basis, test_matrix)
+            ctx.save_for_backward(x, weight, test_matrix, *held)
         return nn.functional.linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-        kept, weight, basis, test_matrix = ctx.saved_tensors
+        kept, weight, *rest = ctx.saved_tensors
         with torch.autocast(dY.device.type, enabled=False):
             dX = dY @ weight if ctx.needs_input_grad[0] else None
             rows = dY.reshape(-1, dY.shape[-1])
             bias = rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
             x, sketch = kept.reshape(-1, kept.shape[-1]), None
-            if ctx.input_side:
-                R = (x if basis is None else x @ basis).mT @ rows
-                if test_matrix is not None:
-                    sketch = x.mT @ (rows @ test_matrix.to(rows.dtype))
+            if ctx.is_projected:
+                R = x.mT @ rows
             else:
-                R = (rows @ basis).mT @ x
+                test_matrix, *held = rest
+                basis = decoded(ctx.spec, held).to(rows.dtype)
+                R = (x @ basis).mT @ rows if ctx.input_side else (rows @ basis).mT @ x
                 if test_matrix is not None:
-                    sketch = rows.mT @ (x @ test_matrix.to(x.dtype))
-        return dX, None, bias, None, None, R, sketch, None
+                    Omega = test_matrix.to(rows.dtype)
+                    sketch = x.mT @ (rows @ Omega) if ctx.input_side else rows.mT @ (x @ Omega)
+        return dX, None, bias, None, R, sketch, *(None for _ in ctx.needs_input_grad[6:])

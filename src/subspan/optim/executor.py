@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -13,28 +12,23 @@ from torch import Tensor
 from subspan.linalg import DenseOperator, seeded_generator
 from subspan.optim.apply import apply_update
 from subspan.optim.buckets import Task, Work, buckets, gather, scatter
-from subspan.optim.dense import state_dtype, step_dense
+from subspan.optim.dense import step_dense
 from subspan.optim.fused import BackwardFusion, without_autocast
-from subspan.optim.late import Folded, basis_from_sketch, fold, nonfinite_folded, random_start, test_matrix, turn
+from subspan.optim.late import nonfinite_folded
 from subspan.optim.matrix import oriented, write_back
-from subspan.optim.method import Found, State, Step
+from subspan.optim.method import State, Step
+from subspan.optim.refreshing import Refreshing
 from subspan.optim.screen import nonfinite_gradients, nonfinite_projections
-from subspan.optim.slots import GradientSlots
-from subspan.optim.storage import close, gather_state, opened, rounded, scatter_state
-from subspan.optim.stored import StoredOptimizer
+from subspan.optim.storage import gather_state, scatter_state
 from subspan.optim.tiling import on_host
-from subspan.optim.transport import resized
-from subspan.state import StateSpec
 
 
-class Executor(StoredOptimizer):
+class Executor(Refreshing):
     """Steps parameters, together or one at a time, from their gradients or from what was folded of them."""
 
     nonfinite: Literal["skip", "raise"]
     _warned: set[str]
-    _folded: dict[str, Folded]
     _stepped: dict[str, Tensor]
-    _slots: dict[str, GradientSlots]
     _fusion: BackwardFusion | None
 
     @torch.no_grad()
@@ -182,145 +176,10 @@ class Executor(StoredOptimizer):
         assert work.geometry is not None and self.method.transport is not None
         R = self._folded[work.name].projected
         if "turned" in state and not int(state["turned"]):
-            specs = self._specs(work.name, work.parameter, work.group, state)
-            tensors = opened(state, specs)
             # In place, since the turned ones of all matrices wait for their step together.
-            R.copy_(turn(tensors, specs, R, self.method.transport, step))
-            close(state, specs, tensors)
-            state["turned"].fill_(1)
+            R.copy_(self._turn(work, state, R))
         age = self.method.transport.age(state, step + 1)
         return Task(work.name, work.parameter, work.gradient, work.group, work.geometry, right, age, state, R)
-
-    def _fold(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
-        """Keep of a gradient what this step and a late refresh need; a subspace without a gradient is found at once."""
-        state = self._ensure_state(name, parameter, group)
-        assert parameter.grad is not None and self.method.subspace is not None
-        G = oriented(parameter.grad, self._right(parameter, group))
-        geometry = self._geometry(name, parameter, group, state)
-        assert geometry is not None
-        step, refreshes = int(state["step"]), int(state["refreshes"])
-        before = self._folded.get(name)
-        Omega = None
-        if step >= int(state["next_refresh"]):
-            if geometry.projected and self.method.subspace.at(step, group).sees == "sketch":
-                if refreshes == 0 and before is None and name not in self._slots:  # else it has been armed with one
-                    random_start(state, geometry, self.seed, name)
-                    state["turned"].fill_(1)
-                Omega = test_matrix(geometry, self.seed, name, refreshes, G)
-            elif before is None:
-                self._refresh(name, parameter, G, group, step)
-                if "turned" in state:
-                    state["turned"].fill_(1)
-        folded = fold(G, self.method.projection(state, geometry), Omega)
-        if before is None:
-            self._folded[name] = folded
-        else:
-            before.add(folded)
-
-    def _take_slots(self) -> None:
-        """Add what layers have left in slots to what was folded."""
-        for name, slots in self._slots.items():
-            if (left := slots.take()) is not None:
-                if name in self._folded:
-                    self._folded[name].add(left)
-                else:
-                    self._folded[name] = left
-
-    @torch.no_grad()
-    def _arm_slots(self, names: Collection[str]) -> None:
-        """Give slots the basis and the test matrix of the next step; a subspace without a gradient is found now."""
-        if not names:
-            return
-        for group in self.param_groups:
-            for name, parameter in self._named(group):
-                if name in names:
-                    self._arm(name, parameter, group)
-
-    def _arm(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
-        state, slots = self._ensure_state(name, parameter, group), self._slots[name]
-        geometry = self._geometry(name, parameter, group, state)
-        assert geometry is not None and self.method.subspace is not None
-        slots.test_matrix = None
-        step, refreshes = int(state["step"]), int(state["refreshes"])
-        if step >= int(state["next_refresh"]):
-            shape = oriented(parameter, self._right(parameter, group))
-            if self.method.subspace.at(step, group).sees == "sketch":
-                if refreshes == 0:
-                    random_start(state, geometry, self.seed, name)
-                    state["turned"].fill_(1)
-                slots.test_matrix = test_matrix(geometry, self.seed, name, refreshes, shape)
-            else:
-                self._refresh(name, parameter, shape, group, step)
-                if "turned" in state:
-                    state["turned"].fill_(1)
-        slots.basis = state["basis"]
-
-    def _loaded(self) -> None:
-        self._arm_slots(self._slots.keys())
-
-    def _refresh_late(self, work: Work) -> None:
-        """After a step: the subspace that the sketch of its gradients tells, for the next one."""
-        folded = self._folded.get(work.name)
-        if folded is None or folded.sketch is None:
-            return
-        method, state = self.method, self.state[work.parameter]
-        assert method.refresh is not None and method.transport is not None
-        step, first = int(state["step"]) - 1, int(state["refreshes"]) == 0
-        specs = self._specs(work.name, work.parameter, work.group, state)
-        tensors = opened(state, specs)
-        old = {"basis": tensors["basis"].clone()}
-        basis_from_sketch(tensors, specs, folded.sketch, method.transport, step + 1)
-        if not first:
-            method.refresh.compare(tensors, old, tensors, work.group)
-        close(state, specs, tensors)
-        state["turned"].fill_(0)
-        state["refreshes"] += 1
-        due = method.refresh.next_refresh(step, first, lambda: self._places()[work.name], work.group, state)
-        state["next_refresh"].fill_(due)
-
-    def _refresh(self, name: str, parameter: Tensor, G: Tensor, group: dict[str, Any], step: int) -> Tensor | None:
-        """Choose the subspace anew and carry the moments over; returns this step's projected gradient if known."""
-        method, state = self.method, self.state[parameter]
-        assert method.subspace is not None and method.refresh is not None and method.transport is not None
-        refreshes = int(state["refreshes"])
-        tensors = opened(state, self._specs(name, parameter, group, state))
-        geometry = self._geometry(name, parameter, group, state, refresh=True)
-        assert geometry is not None
-        found = Found({})
-        if geometry.projected:
-            generator = seeded_generator(self.seed, name, refreshes)
-            found = method.subspace.find(DenseOperator(G), geometry, generator=generator, step=step, group=group)
-            if found.rank is not None:
-                geometry = replace(geometry, rank=found.rank)
-        specs = method.specs(geometry, parameter.shape, state_dtype(parameter), group)
-        # What projects is what is held.
-        new = {key: rounded(specs[key], X) for key, X in found.tensors.items()} if method.subspace.stored else {}
-        if refreshes > 0:
-            method.transport.carry(tensors, specs, new, step)
-        if refreshes > 0 and new:
-            method.refresh.compare(tensors, tensors, new, group)
-        self._fit(tensors, specs, found.projected, parameter.device)
-        for key, tensor in new.items():
-            tensors[key].copy_(tensor)
-        close(state, specs, tensors)
-        if "rank" in state:
-            state["rank"].fill_(geometry.rank)
-        state["refreshes"] += 1
-        due = method.refresh.next_refresh(step, refreshes == 0, lambda: self._places()[name], group, state)
-        state["next_refresh"].fill_(due)
-        return None if any(specs[key].codec is not None for key in new) else found.projected
-
-    @staticmethod
-    def _fit(state: State, specs: dict[str, StateSpec], projected: Tensor | None, device: torch.device) -> None:
-        """Give the state the shapes that a changed rank declares."""
-        for key in [key for key in state if key not in specs]:
-            del state[key]
-        for key, spec in specs.items():
-            if key not in state:
-                state[key] = spec.allocate(device)
-            elif tuple(state[key].shape) != spec.shape:
-                resize = spec.moment is not None
-                state[key] = resized(state[key], spec, projected) if resize else spec.allocate(device)
 
     def _step_bucket(self, bucket: list[Task]) -> None:
         """One step of equal matrices: project, inner rule, lift, apply."""

@@ -127,17 +127,11 @@ def _check_storage(group: Group, method: Method) -> None:
         )
     if basis == "float32" or not is_projected(group):
         return
-    assert method.subspace is not None and method.refresh is not None
+    assert method.subspace is not None
     has_basis = method.subspace.stored and "basis" in method.subspace.specs(Geometry((), 2, 2, 1))
     if not has_basis:
         raise ValueError(
             f"{method.name}: basis_storage={basis!r}, but {method.subspace} stores no basis; leave basis_storage out"
-        )
-    if method.refresh.late:
-        raise ValueError(
-            f"{method.name}: basis_storage={basis!r} does not go together with a late refresh, whose basis is turned "
-            "after the gradient is gone; leave basis_storage out (moments may stay quantised), or refresh at once, "
-            "without fuse_into_backward() and project_gradients()"
         )
 
 

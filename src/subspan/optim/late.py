@@ -25,6 +25,7 @@ from subspan.linalg import (
 from subspan.linalg.scaling import inverse_scale
 from subspan.optim.method import Geometry, State, Transport
 from subspan.optim.projection import Projection
+from subspan.optim.storage import gather_state, rounded, scatter_state
 from subspan.state import StateSpec
 
 
@@ -94,32 +95,50 @@ def test_matrix(geometry: Geometry, seed: int, name: str, refreshes: int, like: 
     )
 
 
-def random_start(state: State, geometry: Geometry, seed: int, name: str) -> None:
-    """A random basis, for as long as there is no sketch."""
-    basis = state["basis"]
+def random_start(state: State, specs: Mapping[str, StateSpec], geometry: Geometry, seed: int, name: str) -> None:
+    """A random basis, for as long as there is no sketch; ``specs`` declares the subspace."""
     generator = seeded_generator(seed, name, "start")
-    Q = random_stiefel(geometry.m, geometry.rank, generator=generator, batch_shape=geometry.batch, dtype=basis.dtype)
-    basis.copy_(Q)
+    Q = random_stiefel(
+        geometry.m, geometry.rank, generator=generator, batch_shape=geometry.batch, dtype=specs["basis"].dtype
+    )
+    tensors = gather_state(specs, [state])
+    tensors["basis"].copy_(Q)
+    scatter_state(specs, tensors, [state])
 
 
-def basis_from_sketch(state: State, specs: Mapping[str, StateSpec], Y: Tensor, transport: Transport, step: int) -> None:
-    """Make the range of Y the subspace."""
+def basis_from_sketch(state: State, specs: Mapping[str, StateSpec], Y: Tensor, transport: Transport, step: int) -> bool:
+    """Make the range of Y the subspace, and say whether its basis is turned already.
+
+    A basis that is held by a codec cannot be turned once an R has been taken with what it was rounded to. It has the
+    left singular directions of Y, which estimate those of G, and then it is rounded.
+    """
     Q = orthonormalize(Y)
-    new = {"basis": (Q * canonical_signs(Q)).to(state["basis"].dtype)}
-    transport.carry(state, specs, new, step)
-    state["basis"].copy_(new["basis"])
+    turned = specs["basis"].codec is not None
+    if turned:
+        new = rounded(specs["basis"], _turned(Q, Q.mT @ Y.to(Q.dtype))[0])
+    else:
+        new = (Q * canonical_signs(Q)).to(specs["basis"].dtype)
+    transport.carry(state, specs, {"basis": new}, step)
+    state["basis"].copy_(new)
+    return turned
 
 
 def turn(state: State, specs: Mapping[str, StateSpec], R: Tensor, transport: Transport, step: int) -> Tensor:
     """Turn the basis to the singular directions of R, Q ← QX with RRᵀ = X diag(λ) Xᵀ, and return XᵀR."""
-    scaled = R * inverse_scale(R.abs().amax(dim=(-2, -1)), R.dtype, R.device)
-    X = torch.linalg.eigh(scaled @ scaled.mT).eigenvectors.flip(-1)
-    Q = state["basis"].to(X.dtype) @ X
-    signs = canonical_signs(Q)
-    new = {"basis": (Q * signs).to(state["basis"].dtype)}
+    Q, X = _turned(state["basis"], R)
+    new = {"basis": Q.to(state["basis"].dtype)}
     transport.carry(state, specs, new, step)
     state["basis"].copy_(new["basis"])
-    return (X * signs).mT @ R
+    return X.mT @ R
+
+
+def _turned(Q: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
+    """QX with canonical signs and X, the left singular vectors of R (..., r, k) with the signs that this takes."""
+    scaled = R * inverse_scale(R.abs().amax(dim=(-2, -1)), R.dtype, R.device)
+    X = torch.linalg.eigh(scaled @ scaled.mT).eigenvectors.flip(-1)
+    Q = Q.to(X.dtype) @ X
+    signs = canonical_signs(Q)
+    return Q * signs, X * signs
 
 
 def nonfinite_folded(folded: Mapping[str, Folded]) -> list[str]:

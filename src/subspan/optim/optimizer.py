@@ -109,8 +109,7 @@ class LowRankOptimizer(Executor):
 
         Raises:
             RuntimeError: more than one process.
-            ValueError: subspaces that need the whole gradient (``svd="exact"``, ``rank_policy="tolerance"``), or a
-                quantised basis.
+            ValueError: subspaces that need the whole gradient (``svd="exact"``, ``rank_policy="tolerance"``).
 
         Example:
             >>> from subspan.optim import GaLore
@@ -165,7 +164,8 @@ class LowRankOptimizer(Executor):
         assert geometry is not None
         if not geometry.projected or geometry.batch:
             return None
-        slots = self._slots[name] = GradientSlots(geometry, state["basis"], self._right(parameter, group))
+        spec = self.method.subspace_specs(geometry, group)["basis"]
+        slots = self._slots[name] = GradientSlots(geometry, spec, self._right(parameter, group), parameter.device)
         weakref.finalize(self, setattr, slots, "active", False)
         self._arm_slots([name])
         return slots

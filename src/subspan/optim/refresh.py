@@ -84,15 +84,15 @@ class LazyGap(EveryGap):
         return step + int(state["gap"])
 
 
-def every_gap(stagger: bool, refresh: str) -> EveryGap:
-    """The rule named by a recipe's settings ``stagger`` and ``refresh``.
+def is_late(refresh: str) -> bool:
+    """What a recipe's setting ``refresh`` says.
 
     Raises:
-        ValueError: ``refresh`` is neither ``"now"`` nor ``"late"``.
+        ValueError: it is neither ``"now"`` nor ``"late"``.
     """
     if refresh not in ("now", "late"):
         raise ValueError(f"refresh={refresh!r}: choose 'now' or 'late'")
-    return EveryGap(stagger, late=refresh == "late")
+    return refresh == "late"
 
 
 @functools.lru_cache(maxsize=4)

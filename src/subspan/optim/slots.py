@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from subspan.optim.late import Folded
-from subspan.optim.method import Geometry
+from subspan.optim.method import Geometry, State
+from subspan.state import StateSpec
 
 
 class GradientSlots:
@@ -18,22 +20,33 @@ class GradientSlots:
 
     Args:
         geometry: of the oriented gradient G (m, n).
-        basis: Q (m, r), the optimizer's own tensor, which it changes in place.
+        spec: how the basis Q (m, r) is held.
         right: whether the columns of the parameter are its projected side.
+        device: of the parameter.
 
     Attributes:
-        basis: Q.
+        held: the tensors that hold Q, the optimizer's own.
         test_matrix: Ω (n, r) while a refresh is due, else None.
         projected: leaf (r, n) whose gradient is QᵀG.
         sketch: leaf (m, r) whose gradient is GΩ.
         active: False once the optimizer is gone, and in copies: the layer then forms its gradient.
     """
 
-    def __init__(self, geometry: Geometry, basis: Tensor, right: bool) -> None:
-        self.basis, self.right, self.active = basis, right, True
+    def __init__(self, geometry: Geometry, spec: StateSpec, right: bool, device: torch.device) -> None:
+        self.spec, self.right, self.active = spec, right, True
+        self.held: tuple[Tensor, ...] = ()
         self.test_matrix: Tensor | None = None
-        self.projected = _leaf(geometry.rank, geometry.n, basis)
-        self.sketch = _leaf(geometry.m, geometry.rank, basis)
+        self.projected = _leaf(geometry.rank, geometry.n, spec.dtype, device)
+        self.sketch = _leaf(geometry.m, geometry.rank, spec.dtype, device)
+
+    def hold(self, state: State) -> None:
+        """Take over the basis of ``state``."""
+        self.held = tuple(state[key] for key in self.spec.stored("basis"))
+
+    @property
+    def basis(self) -> Tensor:
+        """Q, decoded."""
+        return decoded(self.spec, self.held)
 
     def __deepcopy__(self, memo: Any) -> GradientSlots:
         """A copy that no optimizer looks into."""
@@ -62,5 +75,10 @@ class GradientSlots:
         self.sketch.grad = None
 
 
-def _leaf(rows: int, columns: int, like: Tensor) -> Tensor:
-    return like.new_zeros(()).expand(rows, columns).requires_grad_()
+def decoded(spec: StateSpec, held: Sequence[Tensor]) -> Tensor:
+    """The tensor that ``held`` holds, in the order of `StateSpec.stored`."""
+    return spec.decode("", dict(zip(spec.stored(""), held, strict=True)))
+
+
+def _leaf(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=device).expand(rows, columns).requires_grad_()

@@ -10,7 +10,7 @@ from subspan.optim.inner import Adam
 from subspan.optim.lift import ProjectBack
 from subspan.optim.method import Inner, Method
 from subspan.optim.optimizer import LowRankOptimizer, Params
-from subspan.optim.refresh import every_gap
+from subspan.optim.refresh import EveryGap, is_late
 from subspan.optim.subspace import gradient_subspace, tolerance_keys
 from subspan.optim.transport import Keep
 
@@ -91,7 +91,7 @@ class GaLore(LowRankOptimizer):
         method = Method(
             self._name,
             subspace=gradient_subspace(svd, rank_policy),
-            refresh=every_gap(stagger, refresh),
+            refresh=EveryGap(stagger, late=is_late(refresh)),
             transport=Keep(),
             inner=inner or Adam(eps_placement),
             lift=ProjectBack(),

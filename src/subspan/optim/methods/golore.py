@@ -10,7 +10,7 @@ from subspan.optim.inner import Adam
 from subspan.optim.lift import ProjectBack
 from subspan.optim.method import Inner, Method
 from subspan.optim.optimizer import LowRankOptimizer, Params
-from subspan.optim.refresh import every_gap
+from subspan.optim.refresh import EveryGap, is_late
 from subspan.optim.subspace import Stiefel, Switch, gradient_subspace, tolerance_keys
 from subspan.optim.transport import RotateFirst
 
@@ -77,7 +77,7 @@ class GoLore(LowRankOptimizer):
         method = Method(
             "golore",
             subspace=Switch(gradient_subspace(svd, rank_policy), Stiefel(), key="golore_after"),
-            refresh=every_gap(stagger, refresh),
+            refresh=EveryGap(stagger, late=is_late(refresh)),
             transport=RotateFirst(),
             inner=inner or Adam(),
             lift=ProjectBack(),

@@ -10,7 +10,7 @@ from subspan.optim.inner import Adam
 from subspan.optim.lift import ProjectBack
 from subspan.optim.method import Method
 from subspan.optim.optimizer import LowRankOptimizer, Params
-from subspan.optim.refresh import LazyGap
+from subspan.optim.refresh import LazyGap, is_late
 from subspan.optim.subspace import gradient_subspace
 from subspan.optim.transport import Keep
 
@@ -31,7 +31,7 @@ class QGaLore(LowRankOptimizer):
         queue_size: number of refreshes in a row.
         update_proj_gap: steps between refreshes at first.
         official_code: the period follows the official code, see `LazyGap`.
-        scale, proj_type, svd, stagger, moments, basis_storage, min_quantized, rounding: as for `GaLore`.
+        scale, proj_type, svd, stagger, refresh, moments, basis_storage, min_quantized, rounding: as for `GaLore`.
         seed, nonfinite: see `LowRankOptimizer`.
         **grouping: with a model: settings of `param_groups` such as ``rank`` and ``target_modules``.
 
@@ -60,6 +60,7 @@ class QGaLore(LowRankOptimizer):
         proj_type: str = "std",
         svd: Literal["randomized", "exact"] = "randomized",
         stagger: bool = True,
+        refresh: Literal["now", "late"] = "now",
         official_code: bool = False,
         moments: str = "8bit",
         basis_storage: str = "int4",
@@ -72,7 +73,7 @@ class QGaLore(LowRankOptimizer):
         method = Method(
             "q_galore",
             subspace=gradient_subspace(svd),
-            refresh=LazyGap(stagger, official_code=official_code),
+            refresh=LazyGap(stagger, late=is_late(refresh), official_code=official_code),
             transport=Keep(),
             inner=Adam(),
             lift=ProjectBack(),

@@ -1,0 +1,184 @@
+"""Subspaces that are chosen anew: at once, from a gradient, or late, from what was folded of those that are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from subspan.linalg import DenseOperator, seeded_generator
+from subspan.optim.buckets import Work
+from subspan.optim.dense import state_dtype
+from subspan.optim.late import Folded, basis_from_sketch, fold, random_start, test_matrix, turn
+from subspan.optim.matrix import oriented
+from subspan.optim.method import Found, Geometry, State
+from subspan.optim.slots import GradientSlots
+from subspan.optim.storage import close, gather_state, opened, rounded
+from subspan.optim.stored import StoredOptimizer
+from subspan.optim.transport import resized
+from subspan.state import StateSpec
+
+
+class Refreshing(StoredOptimizer):
+    """A stored optimizer that finds subspaces, and keeps what a late refresh needs of gradients that are not kept."""
+
+    _folded: dict[str, Folded]
+    _slots: dict[str, GradientSlots]
+
+    def _refresh(self, name: str, parameter: Tensor, G: Tensor, group: dict[str, Any], step: int) -> Tensor | None:
+        """Choose the subspace anew and carry the moments over; returns this step's projected gradient if known."""
+        method, state = self.method, self.state[parameter]
+        assert method.subspace is not None and method.refresh is not None and method.transport is not None
+        refreshes = int(state["refreshes"])
+        tensors = opened(state, self._specs(name, parameter, group, state))
+        geometry = self._geometry(name, parameter, group, state, refresh=True)
+        assert geometry is not None
+        found = Found({})
+        if geometry.projected:
+            generator = seeded_generator(self.seed, name, refreshes)
+            found = method.subspace.find(DenseOperator(G), geometry, generator=generator, step=step, group=group)
+            if found.rank is not None:
+                geometry = replace(geometry, rank=found.rank)
+        specs = method.specs(geometry, parameter.shape, state_dtype(parameter), group)
+        # What projects is what is held.
+        new = {key: rounded(specs[key], X) for key, X in found.tensors.items()} if method.subspace.stored else {}
+        if refreshes > 0:
+            method.transport.carry(tensors, specs, new, step)
+        if refreshes > 0 and new:
+            method.refresh.compare(tensors, tensors, new, group)
+        self._fit(tensors, specs, found.projected, parameter.device)
+        for key, tensor in new.items():
+            tensors[key].copy_(tensor)
+        close(state, specs, tensors)
+        if "rank" in state:
+            state["rank"].fill_(geometry.rank)
+        state["refreshes"] += 1
+        due = method.refresh.next_refresh(step, refreshes == 0, lambda: self._places()[name], group, state)
+        state["next_refresh"].fill_(due)
+        return None if any(specs[key].codec is not None for key in new) else found.projected
+
+    @staticmethod
+    def _fit(state: State, specs: dict[str, StateSpec], projected: Tensor | None, device: torch.device) -> None:
+        """Give the state the shapes that a changed rank declares."""
+        for key in [key for key in state if key not in specs]:
+            del state[key]
+        for key, spec in specs.items():
+            if key not in state:
+                state[key] = spec.allocate(device)
+            elif tuple(state[key].shape) != spec.shape:
+                resize = spec.moment is not None
+                state[key] = resized(state[key], spec, projected) if resize else spec.allocate(device)
+
+    def _fold(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Keep of a gradient what this step and a late refresh need."""
+        state = self._ensure_state(name, parameter, group)
+        assert parameter.grad is not None
+        G = oriented(parameter.grad, self._right(parameter, group))
+        geometry = self._geometry(name, parameter, group, state)
+        assert geometry is not None
+        before = self._folded.get(name)
+        if before is None and name not in self._slots:  # slots have been armed with it
+            self._begin(name, parameter, G, group)
+        sketched = self._sketches(state, geometry, group)
+        Omega = test_matrix(geometry, self.seed, name, int(state["refreshes"]), G) if sketched else None
+        tensors = gather_state(self._held_subspace(geometry, group), [state])
+        folded = fold(G, self.method.projection(tensors, geometry), Omega)
+        if before is None:
+            self._folded[name] = folded
+        else:
+            before.add(folded)
+
+    def _begin(self, name: str, parameter: Tensor, matrix: Tensor, group: dict[str, Any]) -> None:
+        """Before a step: a random basis where there is none yet, or a subspace that is found without a gradient.
+
+        ``matrix`` is oriented and tells no more than its shape.
+        """
+        state = self._state(parameter)
+        geometry = self._geometry(name, parameter, group, state)
+        assert geometry is not None
+        step = int(state["step"])
+        if step < int(state["next_refresh"]):
+            return
+        if not self._sketches(state, geometry, group):
+            self._refresh(name, parameter, matrix, group, step)
+        elif int(state["refreshes"]) == 0:
+            random_start(state, self._held_subspace(geometry, group), geometry, self.seed, name)
+        else:
+            return
+        if "turned" in state:
+            state["turned"].fill_(1)
+
+    def _sketches(self, state: State, geometry: Geometry, group: dict[str, Any]) -> bool:
+        """Whether the gradients of this step leave a sketch."""
+        step = int(state["step"])
+        due = step >= int(state["next_refresh"]) and geometry.projected
+        assert self.method.subspace is not None
+        return due and self.method.subspace.at(step, group).sees == "sketch"
+
+    def _held_subspace(self, geometry: Geometry, group: dict[str, Any]) -> dict[str, StateSpec]:
+        return self.method.subspace_specs(geometry, group) if geometry.projected else {}
+
+    def _take_slots(self) -> None:
+        """Add what layers have left in slots to what was folded."""
+        for name, slots in self._slots.items():
+            if (left := slots.take()) is not None:
+                if name in self._folded:
+                    self._folded[name].add(left)
+                else:
+                    self._folded[name] = left
+
+    @torch.no_grad()
+    def _arm_slots(self, names: Collection[str]) -> None:
+        """Give slots the basis and the test matrix of the next step; a subspace without a gradient is found now."""
+        if not names:
+            return
+        for group in self.param_groups:
+            for name, parameter in self._named(group):
+                if name in names:
+                    self._arm(name, parameter, group)
+
+    def _arm(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
+        state, slots = self._ensure_state(name, parameter, group), self._slots[name]
+        shape = oriented(parameter, self._right(parameter, group))
+        self._begin(name, parameter, shape, group)
+        geometry = self._geometry(name, parameter, group, state)
+        assert geometry is not None
+        sketched = self._sketches(state, geometry, group)
+        slots.test_matrix = test_matrix(geometry, self.seed, name, int(state["refreshes"]), shape) if sketched else None
+        slots.hold(state)
+
+    def _loaded(self) -> None:
+        self._arm_slots(self._slots.keys())
+
+    def _turn(self, work: Work, state: State, R: Tensor) -> Tensor:
+        """Turn a basis that came from a sketch to the directions of the first R that was taken with it."""
+        assert self.method.transport is not None
+        specs = self._specs(work.name, work.parameter, work.group, state)
+        tensors = opened(state, specs)
+        turned = turn(tensors, specs, R, self.method.transport, int(state["step"]))
+        close(state, specs, tensors)
+        state["turned"].fill_(1)
+        return turned
+
+    def _refresh_late(self, work: Work) -> None:
+        """After a step: the subspace that the sketch of its gradients tells, for the next one."""
+        folded = self._folded.get(work.name)
+        if folded is None or folded.sketch is None:
+            return
+        method, state = self.method, self.state[work.parameter]
+        assert method.refresh is not None and method.transport is not None
+        step, first = int(state["step"]) - 1, int(state["refreshes"]) == 0
+        specs = self._specs(work.name, work.parameter, work.group, state)
+        tensors = opened(state, specs)
+        old = {"basis": tensors["basis"].clone()}
+        turned = basis_from_sketch(tensors, specs, folded.sketch, method.transport, step + 1)
+        if not first:
+            method.refresh.compare(tensors, old, tensors, work.group)
+        close(state, specs, tensors)
+        state["turned"].fill_(int(turned))
+        state["refreshes"] += 1
+        due = method.refresh.next_refresh(step, first, lambda: self._places()[work.name], work.group, state)
+        state["next_refresh"].fill_(due)
