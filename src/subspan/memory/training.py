@@ -56,7 +56,6 @@ class TrainingTrace:
         self.trace.label((parameter.grad for parameter in self.model.parameters()), "gradients")
         if isinstance(optimizer, LowRankOptimizer):
             self.trace.label(optimizer.folded_tensors(), "gradients")
-            self.trace.label((slots.test_matrix for slots in optimizer._slots.values()), "workspace")
         self._label_state()
 
     def close(self) -> Timeline:

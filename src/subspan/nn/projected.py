@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from subspan.optim import LowRankOptimizer
+from subspan.optim.late import test_matrix
 from subspan.optim.names import canonical_name
 from subspan.optim.slots import GradientSlots, decoded
 from subspan.state import StateSpec
@@ -134,14 +135,14 @@ def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, slots: GradientSlots,
         bias = None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
         return _ProjectedProduct.apply(  # type: ignore[no-any-return]
-            x, weight, bias, slots.test_matrix, slots.projected, slots.sketch, input_side, slots.spec, *slots.held
+            x, weight, bias, slots.key, slots.projected, slots.sketch, input_side, slots.spec, *slots.held
         )
 
 
 class _ProjectedProduct(torch.autograd.Function):
     """xWᵀ + b whose backward gives R to one leaf, and the sketch to another.
 
-    A basis is decoded where it is used, and not kept from forward to backward.
+    A basis is decoded and a test matrix drawn where they are used, and neither is kept from forward to backward.
     """
 
     @staticmethod
@@ -150,7 +151,7 @@ class _ProjectedProduct(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        test_matrix: Tensor | None,
+        key: Tensor | None,
         projected: Tensor,
         sketch: Tensor,
         input_side: bool,
@@ -158,11 +159,11 @@ class _ProjectedProduct(torch.autograd.Function):
         *held: Tensor,
     ) -> Tensor:
         ctx.input_side, ctx.has_bias, ctx.spec = input_side, bias is not None, spec
-        ctx.is_projected = input_side and test_matrix is None
+        ctx.is_projected = input_side and key is None
         if ctx.is_projected:
             ctx.save_for_backward(x @ decoded(spec, held).to(x.dtype), weight)
         else:
-            ctx.save_for_backward(x, weight, test_matrix, *held)
+            ctx.save_for_backward(x, weight, key, *held)
         return nn.functional.linear(x, weight, bias)
 
     @staticmethod
@@ -177,10 +178,11 @@ class _ProjectedProduct(torch.autograd.Function):
             if ctx.is_projected:
                 R = x.mT @ rows
             else:
-                test_matrix, *held = rest
+                key, *held = rest
                 basis = decoded(ctx.spec, held).to(rows.dtype)
                 R = (x @ basis).mT @ rows if ctx.input_side else (rows @ basis).mT @ x
-                if test_matrix is not None:
-                    Omega = test_matrix.to(rows.dtype)
-                    sketch = x.mT @ (rows @ Omega) if ctx.input_side else rows.mT @ (x @ Omega)
+                if key is not None:
+                    left, right = (x, rows) if ctx.input_side else (rows, x)
+                    Omega = test_matrix(key, right, (right.shape[-1], ctx.spec.shape[-1]), ctx.spec.dtype)
+                    sketch = left.mT @ (right @ Omega)
         return dX, None, bias, None, R, sketch, *(None for _ in ctx.needs_input_grad[6:])

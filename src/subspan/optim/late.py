@@ -8,7 +8,7 @@ directions of R, before the moments see it. Until there is a sketch the basis is
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,16 +83,28 @@ def fold(G: Tensor, projection: Projection, Omega: Tensor | None) -> Folded:
     return Folded(R, sketch, torch.linalg.vector_norm(G, dtype=R.dtype).double().square())
 
 
-def test_matrix(geometry: Geometry, seed: int, name: str, refreshes: int, like: Tensor) -> Tensor:
-    """Ω (..., n, r) of a refresh: the same for all gradients that are added up, drawn from the seed each time."""
-    return gaussian_sketch(
-        geometry.n,
-        geometry.rank,
-        generator=seeded_generator(seed, name, refreshes),
-        batch_shape=geometry.batch,
-        device=like.device,
-        dtype=like.dtype,
-    )
+def refresh_key(seed: int, name: str, refreshes: int) -> Tensor:
+    """Key of the test matrix of one refresh; a tensor, so that compiled code need not know its value."""
+    unsigned = seeded_generator(seed, name, refreshes).initial_seed()
+    return torch.zeros((), dtype=torch.int64).fill_(unsigned - (unsigned >> 63 << 64))
+
+
+@torch.library.custom_op("subspan::test_matrix", mutates_args=())
+def test_matrix(key: Tensor, like: Tensor, shape: Sequence[int], drawn_as: torch.dtype) -> Tensor:
+    """Ω of a refresh, the same for all gradients that are added up, drawn from its key each time.
+
+    An operation by itself, since a compiler cannot look into generators. Ω has the dtype and the device of ``like``.
+    """
+    generator = torch.Generator().manual_seed(int(key))
+    *batch, n, rank = shape
+    return gaussian_sketch(n, rank, generator=generator, batch_shape=tuple(batch), dtype=drawn_as).to(
+        like.dtype
+    ).to(like.device)  # fmt: skip
+
+
+@test_matrix.register_fake
+def _(key: Tensor, like: Tensor, shape: Sequence[int], drawn_as: torch.dtype) -> Tensor:
+    return like.new_empty(shape)
 
 
 def random_start(state: State, specs: Mapping[str, StateSpec], geometry: Geometry, seed: int, name: str) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from subspan.linalg import DenseOperator, seeded_generator
 from subspan.optim.buckets import Work
 from subspan.optim.dense import state_dtype
-from subspan.optim.late import Folded, basis_from_sketch, fold, random_start, test_matrix, turn
+from subspan.optim.late import Folded, basis_from_sketch, fold, random_start, refresh_key, test_matrix, turn
 from subspan.optim.matrix import oriented
 from subspan.optim.method import Found, Geometry, State
 from subspan.optim.slots import GradientSlots
@@ -83,7 +83,10 @@ class Refreshing(StoredOptimizer):
         if before is None and name not in self._slots:  # slots have been armed with it
             self._begin(name, parameter, G, group)
         sketched = self._sketches(state, geometry, group)
-        Omega = test_matrix(geometry, self.seed, name, int(state["refreshes"]), G) if sketched else None
+        Omega = None
+        if sketched:
+            shape = (*geometry.batch, geometry.n, geometry.rank)
+            Omega = test_matrix(refresh_key(self.seed, name, int(state["refreshes"])), G, shape, geometry.dtype)
         tensors = gather_state(self._held_subspace(geometry, group), [state])
         folded = fold(G, self.method.projection(tensors, geometry), Omega)
         if before is None:
@@ -132,7 +135,7 @@ class Refreshing(StoredOptimizer):
 
     @torch.no_grad()
     def _arm_slots(self, names: Collection[str]) -> None:
-        """Give slots the basis and the test matrix of the next step; a subspace without a gradient is found now."""
+        """Arm slots for the next step; a subspace that needs no gradient is found now."""
         if not names:
             return
         for group in self.param_groups:
@@ -147,8 +150,7 @@ class Refreshing(StoredOptimizer):
         geometry = self._geometry(name, parameter, group, state)
         assert geometry is not None
         sketched = self._sketches(state, geometry, group)
-        slots.test_matrix = test_matrix(geometry, self.seed, name, int(state["refreshes"]), shape) if sketched else None
-        slots.hold(state)
+        slots.arm(state, refresh_key(self.seed, name, int(state["refreshes"])) if sketched else None)
 
     def _loaded(self) -> None:
         self._arm_slots(self._slots.keys())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspan.optim.late import Folded
+from subspan.optim.late import Folded, test_matrix
 from subspan.optim.method import Geometry, State
 from subspan.state import StateSpec
 
@@ -26,7 +26,7 @@ class GradientSlots:
 
     Attributes:
         held: the tensors that hold Q, the optimizer's own.
-        test_matrix: Ω (n, r) while a refresh is due, else None.
+        key: of the test matrix Ω while a refresh is due, else None.
         projected: leaf (r, n) whose gradient is QᵀG.
         sketch: leaf (m, r) whose gradient is GΩ.
         active: False once the optimizer is gone, and in copies: the layer then forms its gradient.
@@ -35,18 +35,26 @@ class GradientSlots:
     def __init__(self, geometry: Geometry, spec: StateSpec, right: bool, device: torch.device) -> None:
         self.spec, self.right, self.active = spec, right, True
         self.held: tuple[Tensor, ...] = ()
-        self.test_matrix: Tensor | None = None
+        self.key: Tensor | None = None
         self.projected = _leaf(geometry.rank, geometry.n, spec.dtype, device)
         self.sketch = _leaf(geometry.m, geometry.rank, spec.dtype, device)
 
-    def hold(self, state: State) -> None:
-        """Take over the basis of ``state``."""
-        self.held = tuple(state[key] for key in self.spec.stored("basis"))
+    def arm(self, state: State, key: Tensor | None) -> None:
+        """Take over the basis of ``state``, and the key of a refresh that is due."""
+        self.held, self.key = tuple(state[name] for name in self.spec.stored("basis")), key
 
     @property
     def basis(self) -> Tensor:
-        """Q, decoded."""
+        """Q (m, r), decoded."""
         return decoded(self.spec, self.held)
+
+    @property
+    def test_matrix(self) -> Tensor | None:
+        """Ω (n, r), drawn anew, while a refresh is due."""
+        if self.key is None:
+            return None
+        shape = (self.projected.shape[1], self.spec.shape[1])
+        return test_matrix(self.key, self.projected, shape, self.spec.dtype)
 
     def __deepcopy__(self, memo: Any) -> GradientSlots:
         """A copy that no optimizer looks into."""
@@ -67,7 +75,7 @@ class GradientSlots:
         if R is None:
             return None
         squared = torch.linalg.vector_norm(R).double().square()
-        return Folded(R, Y if self.test_matrix is not None else None, squared, whole=False)
+        return Folded(R, Y if self.key is not None else None, squared, whole=False)
 
     def clear(self) -> None:
         """Forget what backward has left."""
