@@ -100,12 +100,12 @@ def test_slots_hold_the_projection_and_the_sketch_of_the_gradient(
     Q, Omega = slots.basis, slots.test_matrix
     assert slots.test_matrix is not Omega  # drawn, not held
     assert torch.equal(slots.test_matrix, Omega)
-    assert (slots.projected.grad - Q.mT @ G).abs().max() < 1e-4
-    assert (slots.sketch.grad - G @ Omega).abs().max() < 1e-4
+    assert (slots.R.value - Q.mT @ G).abs().max() < 1e-4
+    assert (slots.Y.value - G @ Omega).abs().max() < 1e-4
     optimizer.step()
     assert slots.test_matrix is None
     layer(x).square().sum().backward()
-    assert slots.sketch.grad is None
+    assert slots.Y.value is None
 
 
 @pytest.mark.parametrize("proj_type", SIDES)
@@ -300,10 +300,41 @@ def test_clipping_uses_the_norm_of_the_projections() -> None:
     assert optimizer.grad_norm().value == pytest.approx(norm.value / 3, rel=1e-4)
 
 
-def test_gradients_take_the_planned_bytes() -> None:
-    model = Network()
+def test_products_in_bfloat16_are_held_as_they_are_and_added_in_float32() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 24, bias=False).bfloat16()
+    optimizer = GaLore([{"params": [("weight", layer.weight)], "rank": 4}])
+    project_gradients(layer, optimizer)
+    slots, singles = layer.gradient_slots, []
+    inputs = torch.randn(3, 8, 16).bfloat16()
+    for x in inputs:
+        layer(x).square().sum().backward()
+        left = slots.take()
+        assert left is not None
+        assert left.projected.dtype == left.sketch.dtype == torch.bfloat16
+        singles.append((left.projected.float(), left.sketch.float()))
+    for x in inputs:
+        layer(x).square().sum().backward()
+    assert torch.equal(slots.R.value, singles[0][0] + singles[1][0] + singles[2][0])
+    assert torch.equal(slots.Y.value, singles[0][1] + singles[1][1] + singles[2][1])
+    optimizer.zero_grad()
+    layer(inputs[0]).square().sum().backward()
+    before = optimizer.clip_grad_norm_(1.0).value
+    clipped = optimizer._folded["weight"]
+    assert torch.equal(clipped.gradient(), singles[0][0] * torch.tensor(1.0 / (before + 1e-6)))
+    assert optimizer.grad_norm().value == pytest.approx(1.0, rel=1e-4)
+    layer(inputs[1]).square().sum().backward()
+    optimizer._take_slots()
+    assert (clipped.gradient() - singles[0][0] / before - singles[1][0]).abs().max() < 1e-4 * before
+    optimizer.step()
+    assert layer.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_take_the_planned_bytes(dtype: torch.dtype) -> None:
+    model = Network().to(dtype)
     optimizer = build(model)
-    x, y = batch(0)
+    x, y = (tensor.to(dtype) for tensor in batch(0))
     (model(x) - y).square().mean().backward()
     assert optimizer.gradient_bytes() == optimizer.planned_gradient_bytes()
     optimizer.zero_grad()

@@ -171,15 +171,19 @@ class Executor(Refreshing):
         self._step_bucket([task])
         return None
 
-    def _prepare_folded(self, work: Work, state: State, step: int, right: bool) -> Task:
-        """What is to be done for a parameter whose projected gradient is there."""
+    def _prepare_folded(self, work: Work, state: State, step: int, right: bool) -> Task | None:
+        """Step a parameter whose projected gradient is there, or return what is to be done."""
         assert work.geometry is not None and self.method.transport is not None
-        R = self._folded[work.name].projected
+        R = self._folded[work.name].gradient()
         if "turned" in state and not int(state["turned"]):
-            # In place, since the turned ones of all matrices wait for their step together.
-            R.copy_(self._turn(work, state, R))
+            R = self._turn(work, state, R)
         age = self.method.transport.age(state, step + 1)
-        return Task(work.name, work.parameter, work.gradient, work.group, work.geometry, right, age, state, R)
+        task = Task(work.name, work.parameter, work.gradient, work.group, work.geometry, right, age, state, R)
+        if R is self._folded[work.name].projected:
+            return task
+        # At once, so that the copies of all matrices are not held together.
+        self._step_bucket([task])
+        return None
 
     def _step_bucket(self, bucket: list[Task]) -> None:
         """One step of equal matrices: project, inner rule, lift, apply."""

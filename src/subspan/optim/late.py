@@ -34,11 +34,13 @@ class Folded:
     """What is kept of the gradients of one parameter between two steps.
 
     Args:
-        projected: R (..., r, n), the sum over the gradients so far.
+        projected: R (..., r, n), the sum over the gradients so far; a single product in bfloat16 or float16 is held as
+            it is, sums are not.
         sketch: Y (..., m, r), the same; None where no refresh is due.
         squared_norm: ‖G‖²_F of the last gradient, 0-D float64; infinite or NaN where it cannot be squared.
         count: number of gradients.
         whole: False where G was never formed: ``squared_norm`` is then ‖R‖²_F.
+        factor: of R, where multiplying would round it; None is 1.
     """
 
     projected: Tensor
@@ -46,17 +48,24 @@ class Folded:
     squared_norm: Tensor
     count: int = 1
     whole: bool = True
+    factor: Tensor | None = None
 
     @property
     def norm_is_known(self) -> bool:
         """Whether `norm_squared` is that of the gradient."""
         return self.whole and self.count == 1
 
+    def gradient(self) -> Tensor:
+        """R in float32 (float64): ``projected`` itself where it is that already."""
+        R = widened(self.projected)
+        return R if self.factor is None else R * self.factor
+
     def add(self, other: Folded) -> None:
         """Add what another gradient left."""
-        self.projected += other.projected
+        self.projected = self.gradient().add_(other.gradient())
+        self.factor = None
         if self.sketch is not None and other.sketch is not None:
-            self.sketch += other.sketch
+            self.sketch = widened(self.sketch).add_(other.sketch)
         # NaN and infinity stay: what follows them is finite again, the sum is not.
         self.squared_norm = other.squared_norm + 0 * self.squared_norm
         self.count += other.count
@@ -66,12 +75,21 @@ class Folded:
         """‖G‖² of the one gradient, or ‖R‖² where several were added up or none was formed, 0-D float64."""
         if self.norm_is_known:
             return self.squared_norm
-        return torch.linalg.vector_norm(self.projected, dtype=torch.float64).square()
+        square = torch.linalg.vector_norm(self.projected, dtype=torch.float64).square()
+        return square if self.factor is None else square * self.factor.double().square()
 
     def scale_(self, factor: Tensor) -> None:
         """Multiply the gradient by a number; the range of the sketch does not depend on it."""
-        self.projected *= factor
+        if self.projected.dtype.itemsize >= 4:
+            self.projected *= factor
+        else:
+            self.factor = factor if self.factor is None else self.factor * factor
         self.squared_norm = self.squared_norm * factor.double().square()
+
+
+def widened(X: Tensor) -> Tensor:
+    """``X`` in at least float32, itself where it is."""
+    return X.to(torch.promote_types(X.dtype, torch.float32))
 
 
 def fold(G: Tensor, projection: Projection, Omega: Tensor | None) -> Folded:
@@ -124,10 +142,11 @@ def basis_from_sketch(state: State, specs: Mapping[str, StateSpec], Y: Tensor, t
     A basis that is held by a codec cannot be turned once an R has been taken with what it was rounded to. It has the
     left singular directions of Y, which estimate those of G, and then it is rounded.
     """
+    Y = widened(Y)
     Q = orthonormalize(Y)
     turned = specs["basis"].codec is not None
     if turned:
-        new = rounded(specs["basis"], _turned(Q, Q.mT @ Y.to(Q.dtype))[0])
+        new = rounded(specs["basis"], _turned(Q, Q.mT @ Y)[0])
     else:
         new = (Q * canonical_signs(Q)).to(specs["basis"].dtype)
     transport.carry(state, specs, {"basis": new}, step)

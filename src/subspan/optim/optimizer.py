@@ -165,7 +165,7 @@ class LowRankOptimizer(Executor):
         if not geometry.projected or geometry.batch:
             return None
         spec = self.method.subspace_specs(geometry, group)["basis"]
-        slots = self._slots[name] = GradientSlots(geometry, spec, self._right(parameter, group), parameter.device)
+        slots = self._slots[name] = GradientSlots(geometry, spec, self._right(parameter, group), parameter)
         weakref.finalize(self, setattr, slots, "active", False)
         self._arm_slots([name])
         return slots
@@ -195,7 +195,8 @@ class LowRankOptimizer(Executor):
             assert self.method.subspace is not None
             sketched = geometry.projected and self.method.subspace.at(0, group).sees == "sketch"
             columns = geometry.n + (geometry.m if sketched else 0)
-            total += math.prod(geometry.batch) * geometry.rank * columns * geometry.dtype.itemsize
+            held_as = parameter.dtype if name in self._slots else geometry.dtype
+            total += math.prod(geometry.batch) * geometry.rank * columns * held_as.itemsize
         return total
 
     def gradient_bytes(self) -> int:
@@ -209,7 +210,7 @@ class LowRankOptimizer(Executor):
         for item in self._folded.values():
             tensors += [item.projected, item.sketch]
         for slots in self._slots.values():
-            tensors += [slots.projected.grad, slots.sketch.grad]
+            tensors += [slots.R.value, slots.Y.value]
         return [tensor for tensor in tensors if tensor is not None]
 
     def _everything(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
