@@ -116,6 +116,7 @@ def test_slots_hold_the_projection_and_the_sketch_of_the_gradient(
         (GaLore, {"stagger": False}),
         (GoLore, {"golore_after": 6}),
         (GaLore, {"basis_storage": "int8", "min_quantized": 1}),
+        (GaLore, {"warm_start": 0.75, "refresh": "late"}),
         (QGaLore, {"min_quantized": 1, "queue_size": 1, "cos_threshold": 0.0}),
     ],
     ids=str,
@@ -158,7 +159,11 @@ def test_activation_checkpointing_changes_no_number() -> None:
     assert difference(one, other) == 0
 
 
-@pytest.mark.parametrize("settings", [{}, {"basis_storage": "int4", "min_quantized": 1}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"basis_storage": "int4", "min_quantized": 1, "warm_start": 0.5, "refresh": "late", "moments": "8bit"}],
+    ids=str,
+)
 def test_compiled_layers_train_alike(settings: dict[str, Any]) -> None:
     one, other = Network(), Network()
     ours, eager = build(one, stagger=False, **settings), build(other, stagger=False, **settings)
@@ -265,7 +270,9 @@ def test_a_lora_layer_with_a_frozen_factor_is_a_projected_gradient(inner: Any) -
     assert A.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("settings", [{}, {"basis_storage": "int4", "min_quantized": 1}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"basis_storage": "int4", "min_quantized": 1}, {"warm_start": 0.5, "refresh": "late"}], ids=str
+)
 @pytest.mark.parametrize("stop", [1, GAP, 7])
 def test_resume_is_bit_exact(stop: int, settings: dict[str, Any]) -> None:
     model = Network()

@@ -26,6 +26,7 @@ FOLDING: list[tuple[str, dict[str, Any]]] = [
     ("galore", {"moments": "8bit", "min_quantized": 1}),
     ("golore", {"golore_after": 6, "basis_storage": "bfloat16", "min_quantized": 1}),
     ("q_galore", {"min_quantized": 1, "queue_size": 1, "cos_threshold": 0.0}),
+    ("galore", {"warm_start": 0.5, "refresh": "late", "moments": "8bit", "min_quantized": 1}),
 ]
 IMMEDIATE: list[tuple[str, dict[str, Any]]] = [
     ("fira", {}),
@@ -182,16 +183,15 @@ def test_an_immediate_update_refuses_accumulation_and_clipping(method: str, sett
         (model(x) - y).square().mean().backward()
 
 
-@pytest.mark.parametrize("storage", ["float32", "int8", "int4"])
+@pytest.mark.parametrize(("storage", "warm"), [("float32", 0), ("int8", 0), ("int4", 0), ("float32", 3), ("int8", 2)])
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)], ids=str)
-def test_a_late_refresh_follows_its_reference(shape: tuple[int, int], storage: str) -> None:
+def test_a_late_refresh_follows_its_reference(shape: tuple[int, int], storage: str, warm: int) -> None:
     numbers: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95)}
     drawn = iter(range(10**6))
     reference = LateGaLoreReference(
         start=lambda G, rank: random_stiefel(len(G), rank, generator=seeded_generator(5, "a", "start")),
-        sketch=lambda G, rank: (
-            G @ gaussian_sketch(G.shape[1], rank, generator=seeded_generator(5, "a", next(drawn))).double()
-        ),
+        test=lambda G, rank: gaussian_sketch(G.shape[1], rank, generator=seeded_generator(5, "a", next(drawn))),
+        warm=warm,
         hold=None if storage == "float32" else lambda Q: quantised(Q, linear_levels(int(storage[3:])), block=256),
         rank=4,
         update_proj_gap=GAP,
@@ -200,7 +200,8 @@ def test_a_late_refresh_follows_its_reference(shape: tuple[int, int], storage: s
     p = nn.Parameter(torch.zeros(shape))
     W = p.detach().double()
     groups = [{"params": [("a", p)], "rank": 4, "update_proj_gap": GAP, "min_quantized": 1}]
-    optimizer = GaLore(groups, refresh="late", stagger=False, seed=5, basis_storage=storage, **numbers)
+    settings: dict[str, Any] = {"basis_storage": storage, "warm_start": warm / 4, **numbers}
+    optimizer = GaLore(groups, refresh="late", stagger=False, seed=5, **settings)
     for step in range(4 * GAP):
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
         U, S, Vh = torch.linalg.svd(noise, full_matrices=False)

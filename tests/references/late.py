@@ -18,8 +18,9 @@ def canonical(Q: Tensor) -> Tensor:
 
 
 class LateGaLoreReference(GaLoreReference):
-    """`start(G, rank)` draws the first basis, `sketch(G, rank)` gives GΩ at a refresh.
+    """`start(G, rank)` draws the first basis, `test(G, rank)` gives the Ω of the sketch GΩ at a refresh.
 
+    With `warm`, that many columns of Ω are the first rows of the first moment before the step, as long as random ones.
     With `hold`, which rounds a basis, no basis is turned: the one of a sketch has its left singular vectors.
     """
 
@@ -27,12 +28,13 @@ class LateGaLoreReference(GaLoreReference):
         self,
         *,
         start: Callable[[Tensor, int], Tensor],
-        sketch: Callable[[Tensor, int], Tensor],
+        test: Callable[[Tensor, int], Tensor],
+        warm: int = 0,
         hold: Callable[[Tensor], Tensor] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
-        self.start, self.sketch, self.hold = start, sketch, hold
+        self.start, self.test, self.warm, self.hold = start, test, warm, hold
         self.turned = True
 
     def direction(self, G: Tensor) -> Tensor:
@@ -47,9 +49,14 @@ class LateGaLoreReference(GaLoreReference):
             self.carry(self.Q, new)
             self.Q, R, self.turned = new, new.T @ G, True
         R = drop_round_off(R, len(G))
+        M = self.inner.M
         D = self.lift(self.Q, R, self.inner(R), G)
         if self.t % self.gap == 0:
-            Y = self.sketch(G, self.rank).double()
+            Omega = self.test(G, self.rank).double()
+            for column in range(self.warm):
+                if isinstance(M, Tensor) and M[column].norm() > 0:
+                    Omega[:, column] = len(Omega) ** 0.5 * M[column] / M[column].norm()
+            Y = G @ Omega
             if self.hold is None:
                 new = canonical(torch.linalg.qr(Y).Q)
             else:

@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from subspan.optim import LowRankOptimizer
-from subspan.optim.late import test_matrix
 from subspan.optim.names import canonical_name
-from subspan.optim.slots import GradientSlots, decoded
-from subspan.state import StateSpec
+from subspan.optim.slots import GradientSlots, Reader
 
 __all__ = ["ProjectedConv1D", "ProjectedLinear", "project_gradients"]
 
@@ -135,7 +133,7 @@ def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, slots: GradientSlots,
         bias = None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
         return _ProjectedProduct.apply(  # type: ignore[no-any-return]
-            x, weight, bias, slots.key, slots.projected, slots.sketch, input_side, slots.spec, *slots.held
+            x, weight, bias, slots.key, slots.projected, slots.sketch, input_side, slots.reader, *slots.held
         )
 
 
@@ -155,13 +153,13 @@ class _ProjectedProduct(torch.autograd.Function):
         projected: Tensor,
         sketch: Tensor,
         input_side: bool,
-        spec: StateSpec,
+        reader: Reader,
         *held: Tensor,
     ) -> Tensor:
-        ctx.input_side, ctx.has_bias, ctx.spec = input_side, bias is not None, spec
+        ctx.input_side, ctx.has_bias, ctx.reader = input_side, bias is not None, reader
         ctx.is_projected = input_side and key is None
         if ctx.is_projected:
-            ctx.save_for_backward(x @ decoded(spec, held).to(x.dtype), weight)
+            ctx.save_for_backward(x @ reader.read_basis(held).to(x.dtype), weight)
         else:
             ctx.save_for_backward(x, weight, key, *held)
         return nn.functional.linear(x, weight, bias)
@@ -179,10 +177,9 @@ class _ProjectedProduct(torch.autograd.Function):
                 R = x.mT @ rows
             else:
                 key, *held = rest
-                basis = decoded(ctx.spec, held).to(rows.dtype)
+                basis = ctx.reader.read_basis(held).to(rows.dtype)
                 R = (x @ basis).mT @ rows if ctx.input_side else (rows @ basis).mT @ x
                 if key is not None:
                     left, right = (x, rows) if ctx.input_side else (rows, x)
-                    Omega = test_matrix(key, right, (right.shape[-1], ctx.spec.shape[-1]), ctx.spec.dtype)
-                    sketch = left.mT @ (right @ Omega)
+                    sketch = left.mT @ (right @ ctx.reader.draw(key, held, right, right.shape[-1]))
         return dX, None, bias, None, R, sketch, *(None for _ in ctx.needs_input_grad[6:])

@@ -89,6 +89,8 @@ def check_group(group: Group, method: Method) -> None:
         demand(_is_number(group["cos_threshold"]), "cos_threshold", "a number; 1 is the overlap of equal subspaces")
     if "rtol" in group:
         demand(_is_number(group["rtol"]) and 0.0 < group["rtol"] < 1.0, "rtol", "a number between 0 and 1")
+    if group.get("warm_start"):
+        _check_warm_start(group, method)
     _check_storage(group, method)
     betas = group.get("betas", (0.0, 0.0))
     pair = isinstance(betas, (tuple, list)) and len(betas) == 2
@@ -103,6 +105,25 @@ def check_group(group: Group, method: Method) -> None:
         share = _is_number(density) and 0.0 <= density <= 1.0
         demand(share, "density", "a number in [0, 1], or None for a dense group")
         demand(rank is None, "rank", "None where a density is given")
+
+
+def _check_warm_start(group: Group, method: Method) -> None:
+    """Check the share of a sketch that is not random; more than three quarters would lock onto old noise."""
+    share = group["warm_start"]
+    if not (_is_number(share) and 0.0 <= share <= 0.75):
+        raise ValueError(
+            f"{method.name}: warm_start={share!r} is not allowed; it must be a number from 0 to 0.75: at least a "
+            "quarter of a sketch has to be fresh"
+        )
+    assert method.refresh is not None
+    if not method.refresh.late:
+        raise ValueError(
+            f"{method.name}: warm_start={share!r} is for late refreshes; give refresh='late' too, or leave it out"
+        )
+    if all(spec.moment != 1 for spec in method.inner.specs((1, 1), torch.float32, group).values()):
+        raise ValueError(
+            f"{method.name}: warm_start={share!r}, but {method.inner} keeps no first moment; leave it out, or take Adam"
+        )
 
 
 def _check_storage(group: Group, method: Method) -> None:

@@ -23,7 +23,7 @@ from subspan.linalg import (
     seeded_generator,
 )
 from subspan.linalg.scaling import inverse_scale
-from subspan.optim.method import Geometry, State, Transport
+from subspan.optim.method import Geometry, Group, Method, State, Transport
 from subspan.optim.projection import Projection
 from subspan.optim.storage import gather_state, rounded, scatter_state
 from subspan.state import StateSpec
@@ -123,6 +123,42 @@ def test_matrix(key: Tensor, like: Tensor, shape: Sequence[int], drawn_as: torch
 @test_matrix.register_fake
 def _(key: Tensor, like: Tensor, shape: Sequence[int], drawn_as: torch.dtype) -> Tensor:
     return like.new_empty(shape)
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """Test matrices that begin with the leading right directions of the low-rank gradients so far.
+
+    The first columns of Ω are the first rows of M, the first moment, each with the length √n that a random column has
+    in the mean. So these columns of the sketch have a power iteration behind them that cost nothing. A zero row of M,
+    as before the first step, leaves the random column.
+
+    Args:
+        moment: declaration of M (..., r, n).
+        share: of the columns.
+    """
+
+    moment: StateSpec
+    share: float
+
+    def apply(self, Omega: Tensor, M: Tensor) -> Tensor:
+        """Ω (..., n, r) with the directions of the decoded M."""
+        count = int(self.share * Omega.shape[-1])
+        columns, random = M[..., :count, :].mT, Omega[..., :count].to(M.dtype)
+        largest = columns.abs().amax(dim=-2, keepdim=True)
+        columns = columns / torch.where(largest > 0, largest, 1.0)  # so that no square underflows
+        lengths = torch.linalg.vector_norm(columns, dim=-2, keepdim=True)
+        known = columns * (math.sqrt(Omega.shape[-2]) / torch.where(largest > 0, lengths, 1.0))
+        return torch.cat([torch.where(largest > 0, known, random).to(Omega.dtype), Omega[..., count:]], dim=-1)
+
+
+def warm_start(method: Method, geometry: Geometry, group: Group) -> tuple[str, WarmStart] | None:
+    """The state key of the first moment and what it does to test matrices, None where they are random throughout."""
+    share = group.get("warm_start", 0.0)
+    if not share or not geometry.projected:
+        return None
+    moments = method.moments(geometry, group)
+    return next((key, WarmStart(spec, share)) for key, spec in moments.items() if spec.moment == 1)
 
 
 def random_start(state: State, specs: Mapping[str, StateSpec], geometry: Geometry, seed: int, name: str) -> None:

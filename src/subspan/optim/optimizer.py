@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from subspan.optim.executor import Executor
 from subspan.optim.fused import BackwardFusion
 from subspan.optim.groups import check_group, is_projected, unknown_setting
-from subspan.optim.late import Folded
+from subspan.optim.late import Folded, warm_start
 from subspan.optim.method import Method, Roster
 from subspan.optim.param_groups import GROUPING, param_groups
 from subspan.optim.screen import nonfinite_gradients
@@ -164,8 +164,8 @@ class LowRankOptimizer(Executor):
         assert geometry is not None
         if not geometry.projected or geometry.batch:
             return None
-        spec = self.method.subspace_specs(geometry, group)["basis"]
-        slots = self._slots[name] = GradientSlots(geometry, spec, self._right(parameter, group), parameter)
+        basis, warm = self.method.subspace_specs(geometry, group)["basis"], warm_start(self.method, geometry, group)
+        slots = self._slots[name] = GradientSlots(geometry, basis, warm, self._right(parameter, group), parameter)
         weakref.finalize(self, setattr, slots, "active", False)
         self._arm_slots([name])
         return slots

@@ -12,7 +12,7 @@ from torch import Tensor
 from subspan.linalg import DenseOperator, seeded_generator
 from subspan.optim.buckets import Work
 from subspan.optim.dense import state_dtype
-from subspan.optim.late import Folded, basis_from_sketch, fold, random_start, refresh_key, test_matrix, turn
+from subspan.optim.late import Folded, basis_from_sketch, fold, random_start, refresh_key, test_matrix, turn, warm_start
 from subspan.optim.matrix import oriented
 from subspan.optim.method import Found, Geometry, State
 from subspan.optim.slots import GradientSlots
@@ -87,6 +87,8 @@ class Refreshing(StoredOptimizer):
         if sketched:
             shape = (*geometry.batch, geometry.n, geometry.rank)
             Omega = test_matrix(refresh_key(self.seed, name, int(state["refreshes"])), G, shape, geometry.dtype)
+            if (warm := warm_start(self.method, geometry, group)) is not None:
+                Omega = warm[1].apply(Omega, warm[1].moment.decode(warm[0], state))
         tensors = gather_state(self._held_subspace(geometry, group), [state])
         folded = fold(G, self.method.projection(tensors, geometry), Omega)
         if before is None:

@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from subspan.optim.late import Folded, test_matrix, widened
+from subspan.optim.late import Folded, WarmStart, test_matrix, widened
 from subspan.optim.method import Geometry, State
 from subspan.state import StateSpec
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads what backward needs from tensors of an optimizer's state, decoding it anew each time.
+
+    Args:
+        basis: how the basis Q (m, r) is held.
+        warm: what the first moment does to test matrices.
+    """
+
+    basis: StateSpec
+    warm: WarmStart | None
+
+    def read_basis(self, held: Sequence[Tensor]) -> Tensor:
+        """Q; ``held`` begins with the tensors that hold it."""
+        return _decoded(self.basis, held[: len(self.basis.stored(""))])
+
+    def draw(self, key: Tensor, held: Sequence[Tensor], like: Tensor, n: int) -> Tensor:
+        """Ω (n, r) in the dtype of ``like``; ``held`` ends with the tensors of the first moment, where it is used."""
+        Omega = test_matrix(key, like, (n, self.basis.shape[-1]), self.basis.dtype)
+        if self.warm is None:
+            return Omega
+        return self.warm.apply(Omega, _decoded(self.warm.moment, held[len(self.basis.stored("")) :]))
 
 
 class GradientSlots:
@@ -21,12 +46,14 @@ class GradientSlots:
 
     Args:
         geometry: of the oriented gradient G (m, n).
-        spec: how the basis Q (m, r) is held.
+        basis: how the basis Q (m, r) is held.
+        warm: the state key of a first moment and what it does to test matrices.
         right: whether the columns of the parameter are its projected side.
         like: the parameter.
 
     Attributes:
-        held: the tensors that hold Q, the optimizer's own.
+        reader: reads Q and Ω from ``held``.
+        held: tensors of the optimizer's state: those of Q and, while a refresh is due, of the first moment.
         key: of the test matrix Ω while a refresh is due, else None.
         projected: leaf (r, n) whose gradient is QᵀG.
         sketch: leaf (m, r) whose gradient is GΩ.
@@ -34,8 +61,13 @@ class GradientSlots:
         active: False once the optimizer is gone, and in copies: the layer then forms its gradient.
     """
 
-    def __init__(self, geometry: Geometry, spec: StateSpec, right: bool, like: Tensor) -> None:
-        self.spec, self.right, self.active = spec, right, True
+    def __init__(
+        self, geometry: Geometry, basis: StateSpec, warm: tuple[str, WarmStart] | None, right: bool, like: Tensor
+    ) -> None:
+        self.reader = Reader(basis, None if warm is None else warm[1])
+        self._keys = tuple(basis.stored("basis"))
+        self._warm_keys = () if warm is None else tuple(warm[1].moment.stored(warm[0]))
+        self.right, self.active = right, True
         self.held: tuple[Tensor, ...] = ()
         self.key: Tensor | None = None
         self.R, self.Y = Sum(), Sum()
@@ -43,21 +75,20 @@ class GradientSlots:
         self.sketch = _leaf(geometry.m, geometry.rank, like, self.Y)
 
     def arm(self, state: State, key: Tensor | None) -> None:
-        """Take over the basis of ``state``, and the key of a refresh that is due."""
-        self.held, self.key = tuple(state[name] for name in self.spec.stored("basis")), key
+        """Take over what ``state`` holds, and the key of a refresh that is due."""
+        keys = self._keys if key is None else self._keys + self._warm_keys
+        self.held, self.key = tuple(state[name] for name in keys), key
 
     @property
     def basis(self) -> Tensor:
         """Q (m, r), decoded."""
-        return decoded(self.spec, self.held)
+        return self.reader.read_basis(self.held)
 
     @property
     def test_matrix(self) -> Tensor | None:
         """Ω (n, r), drawn anew, while a refresh is due."""
-        if self.key is None:
-            return None
-        shape = (self.projected.shape[1], self.spec.shape[1])
-        return test_matrix(self.key, self.projected, shape, self.spec.dtype)
+        n = self.projected.shape[1]
+        return None if self.key is None else self.reader.draw(self.key, self.held, self.projected, n)
 
     def __deepcopy__(self, memo: Any) -> GradientSlots:
         """A copy that no optimizer looks into."""
@@ -103,7 +134,7 @@ class Sum:
             self.value = gradient if self.value is None else widened(self.value).add_(gradient)
 
 
-def decoded(spec: StateSpec, held: Sequence[Tensor]) -> Tensor:
+def _decoded(spec: StateSpec, held: Sequence[Tensor]) -> Tensor:
     """The tensor that ``held`` holds, in the order of `StateSpec.stored`."""
     return spec.decode("", dict(zip(spec.stored(""), held, strict=True)))
 

@@ -35,6 +35,8 @@ class GaLore(LowRankOptimizer):
         stagger: spread refreshes over the period; the paper refreshes all matrices at once (False).
         refresh: ``"now"``: a new basis projects the gradient that it was found from; ``"late"``: it serves from the
             next step on, as it has to in `fuse_into_backward`.
+        warm_start: share, at most 0.75, of the columns of the test matrix of a late refresh that are leading right
+            directions of the first moment instead of random ones; 0: none.
         inner: the optimizer inside; Adam by default.
         eps_placement: see `Adam`; galore-torch adds ε ``"before"`` bias correction.
         decay: ``"before"`` the update, or ``"after"`` it as galore-torch does.
@@ -77,6 +79,7 @@ class GaLore(LowRankOptimizer):
         rtol: float | None = None,
         stagger: bool = True,
         refresh: Literal["now", "late"] = "now",
+        warm_start: float = 0.0,
         inner: Inner | None = None,
         eps_placement: Literal["after", "before"] = "after",
         decay: Literal["before", "after"] = "before",
@@ -107,6 +110,7 @@ class GaLore(LowRankOptimizer):
             "update_proj_gap": update_proj_gap,
             "scale": scale,
             "proj_type": proj_type,
+            "warm_start": warm_start,
             "moments": moments,
             "basis_storage": basis_storage,
             "min_quantized": min_quantized,
