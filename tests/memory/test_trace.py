@@ -20,16 +20,18 @@ from subspan.optim import create_optimizer
 RECIPES = [
     ("galore", "full"), ("galore", "fused"), ("galore", "projected"), ("golore", "projected"), ("fira", "full"),
     ("fira", "fused"), ("apollo", "full"), ("adamw", "full"), ("q_galore", "projected"),
+    ("galore", "shared"),
 ]  # fmt: skip
 
 
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(256, 520), nn.Linear(520, 256)
+        self.gate_proj, self.up_proj = nn.Linear(256, 520), nn.Linear(256, 520)
+        self.down_proj = nn.Linear(520, 256)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(nn.functional.gelu(self.up(x)))
+        return x + self.down_proj(nn.functional.gelu(self.gate_proj(x)) * self.up_proj(x))
 
 
 def network() -> nn.Module:
@@ -50,8 +52,8 @@ def steps(model: nn.Module, method: str, gradient: str, accumulation: int, rehea
     optimizer = create_optimizer(method, model, **({} if method == "adamw" else {"rank": 32}))
     if gradient == "fused":
         optimizer.fuse_into_backward()
-    elif gradient == "projected":
-        project_gradients(model, optimizer)
+    elif gradient in ("projected", "shared"):
+        project_gradients(model, optimizer, share_inputs=gradient == "shared")
     tokens = torch.zeros(2, 32, dtype=torch.int64)
 
     def loss() -> torch.Tensor:

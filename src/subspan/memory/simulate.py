@@ -115,7 +115,9 @@ def rehearse_step(optimizer: torch.optim.Optimizer) -> None:
         if first.setdefault(kind, parameter) is not parameter:
             rest.append((name, parameter, group, first[kind], parameter.grad, optimizer._folded.pop(name, None)))
             parameter.grad = None
+    sharing, optimizer._sharing = optimizer._sharing, {}  # one alone has no partners
     optimizer.step()
+    optimizer._sharing = sharing
     for name, parameter, group, like, gradient, _ in rest:
         parameter.grad = gradient
         _advance(optimizer, name, group, optimizer.state[parameter], optimizer.state[like])
@@ -130,5 +132,5 @@ def _advance(optimizer: LowRankOptimizer, name: str, group: Any, state: State, l
             value.copy_(like[key])
     if refreshed and optimizer.method.refresh is not None:
         step, first = int(state["step"]) - 1, int(state["refreshes"]) == 1
-        due = optimizer.method.refresh.next_refresh(step, first, lambda: optimizer._places()[name], group, state)
+        due = optimizer.method.refresh.next_refresh(step, first, lambda: optimizer._place(name), group, state)
         state["next_refresh"].fill_(due)

@@ -18,10 +18,14 @@ from subspan.optim import LowRankOptimizer
 from subspan.optim.names import canonical_name
 from subspan.optim.slots import GradientSlots, Reader
 
-__all__ = ["ProjectedConv1D", "ProjectedLinear", "project_gradients"]
+__all__ = ["SAME_INPUT", "ProjectedConv1D", "ProjectedLinear", "project_gradients"]
 
 
-def project_gradients(model: nn.Module, optimizer: LowRankOptimizer) -> list[str]:
+#: Names of layers beside each other that have the same input, in the models of Hugging Face and their ancestors.
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"), ("w1", "w3"))
+
+
+def project_gradients(model: nn.Module, optimizer: LowRankOptimizer, *, share_inputs: bool = False) -> list[str]:
     """Let the linear layers of a model compute projected gradients in place of whole ones.
 
     ``nn.Linear`` and the ``Conv1D`` of Hugging Face whose weights ``optimizer`` projects become `ProjectedLinear` and
@@ -34,7 +38,9 @@ def project_gradients(model: nn.Module, optimizer: LowRankOptimizer) -> list[str
 
     Args:
         model: the model whose parameters the optimizer holds.
-        optimizer: GaLore or GoLore; their refreshes become late ones.
+        optimizer: GaLore, Q-GaLore or GoLore; their refreshes become late ones.
+        share_inputs: layers beside each other that have the same input (by their names, `SAME_INPUT`), with the input
+            side projected, share a basis, so that xQ is computed and kept once. They train as one wide layer would.
 
     Returns:
         Names of the weights whose gradients are not formed any more.
@@ -78,7 +84,29 @@ def project_gradients(model: nn.Module, optimizer: LowRankOptimizer) -> list[str
             f"{type(model).__name__} has no nn.Linear or Conv1D whose weight {type(optimizer).__name__} projects below "
             "full rank: pass the model that the optimizer was built for, or a lower rank"
         )
+    if share_inputs:
+        for names in _with_one_input(model, converted):
+            optimizer.share_basis(names)
     return converted
+
+
+def _with_one_input(model: nn.Module, converted: list[str]) -> list[list[str]]:
+    """Names of the weights that can share a basis: layers of `SAME_INPUT` whose input sides are projected alike."""
+    found = []
+    for prefix, parent in model.named_modules():
+        for together in SAME_INPUT:
+            alike: dict[tuple[int, ...], list[str]] = {}
+            for child in together:
+                layer: Any = getattr(parent, child, None)
+                name = canonical_name(f"{prefix}.{child}.weight".lstrip("."))
+                if name in converted and _projects_input(layer):
+                    alike.setdefault(tuple(layer.gradient_slots.reader.basis.shape), []).append(name)
+            found += [names for names in alike.values() if len(names) > 1]
+    return found
+
+
+def _projects_input(layer: Any) -> bool:
+    return bool(layer.gradient_slots.right) == isinstance(layer, ProjectedLinear)
 
 
 class ProjectedLinear(nn.Linear):
@@ -124,7 +152,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, slots: GradientSlots, input_side: bool) -> Tensor:
-    device = x.device.type
+    device, given = x.device.type, x
     # Without a graph to the weight: its gradient goes to the slots alone.
     weight = weight.detach()
     if torch.is_autocast_enabled(device):
@@ -132,9 +160,30 @@ def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, slots: GradientSlots,
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
+        xQ = _coordinates(x, given, slots) if input_side and slots.key is None else None
         return _ProjectedProduct.apply(  # type: ignore[no-any-return]
-            x, weight, bias, slots.key, slots.projected, slots.sketch, input_side, slots.reader, *slots.held
+            x, weight, bias, slots.key, slots.projected, slots.sketch, input_side, slots.reader, xQ, *slots.held
         )
+
+
+def _coordinates(x: Tensor, given: Tensor, slots: GradientSlots) -> Tensor:
+    """The product xQ (b, r), the same tensor for all layers that share Q and are ``given`` the same input."""
+    parameter = given.is_leaf and given.requires_grad  # which lives on
+    if not slots.shared or torch.compiler.is_compiling() or parameter or given.is_inference():
+        with torch.no_grad():
+            return x @ slots.basis.to(x.dtype)
+    first = slots.held[0]
+    now = (x.dtype, given._version, first._version)
+    known = getattr(given, _KNOWN, None)
+    if known is None or known[0] is not first or known[1] != now:
+        with torch.no_grad():
+            known = first, now, x @ slots.basis.to(x.dtype)
+        setattr(given, _KNOWN, known)  # it lives no longer than the input
+    return known[2]
+
+
+# Attribute of an input: the tensor that holds Q, what xQ was computed from, and xQ.
+_KNOWN = "_subspan_coordinates"
 
 
 class _ProjectedProduct(torch.autograd.Function):
@@ -154,12 +203,13 @@ class _ProjectedProduct(torch.autograd.Function):
         sketch: Tensor,
         input_side: bool,
         reader: Reader,
+        coordinates: Tensor | None,
         *held: Tensor,
     ) -> Tensor:
         ctx.input_side, ctx.has_bias, ctx.reader = input_side, bias is not None, reader
-        ctx.is_projected = input_side and key is None
-        if ctx.is_projected:
-            ctx.save_for_backward(x @ reader.read_basis(held).to(x.dtype), weight)
+        ctx.is_projected = coordinates is not None
+        if coordinates is not None:
+            ctx.save_for_backward(coordinates, weight)
         else:
             ctx.save_for_backward(x, weight, key, *held)
         return nn.functional.linear(x, weight, bias)

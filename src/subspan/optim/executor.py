@@ -59,6 +59,7 @@ class Executor(Refreshing):
 
     def _step(self) -> None:
         self._take_slots()
+        self._check_partners()
         work = [
             self._look(name, parameter, group)
             for group in self.param_groups
@@ -76,7 +77,8 @@ class Executor(Refreshing):
             self._raise_nonfinite(looked_at)
             bad = []
         else:
-            bad = nonfinite_gradients(looked_at) + nonfinite_folded(self._folded)
+            found = nonfinite_gradients(looked_at) + nonfinite_folded(self._folded)
+            bad = list(dict.fromkeys(partner for name in found for partner in self._partners(name)))
         for name in bad:
             self._skip(name)
         good = [item for item in work if item.name not in bad]

@@ -7,6 +7,7 @@ directions of R, before the moments see it. Until there is a sketch the basis is
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -182,7 +183,7 @@ def basis_from_sketch(state: State, specs: Mapping[str, StateSpec], Y: Tensor, t
     Q = orthonormalize(Y)
     turned = specs["basis"].codec is not None
     if turned:
-        new = rounded(specs["basis"], _turned(Q, Q.mT @ Y)[0])
+        new = rounded(specs["basis"], _turned(Q, [Q.mT @ Y])[0])
     else:
         new = (Q * canonical_signs(Q)).to(specs["basis"].dtype)
     transport.carry(state, specs, {"basis": new}, step)
@@ -190,19 +191,26 @@ def basis_from_sketch(state: State, specs: Mapping[str, StateSpec], Y: Tensor, t
     return turned
 
 
-def turn(state: State, specs: Mapping[str, StateSpec], R: Tensor, transport: Transport, step: int) -> Tensor:
-    """Turn the basis to the singular directions of R, Q ← QX with RRᵀ = X diag(λ) Xᵀ, and return XᵀR."""
-    Q, X = _turned(state["basis"], R)
+def turn(
+    state: State, specs: Mapping[str, StateSpec], R: Tensor, stacked: Sequence[Tensor], transport: Transport, step: int
+) -> Tensor:
+    """Turn the basis to the singular directions of R, Q ← QX with RRᵀ = X diag(λ) Xᵀ, and return XᵀR.
+
+    Where a basis is shared, X is that of all matrices which share it, ``stacked`` side by side; else they are R alone.
+    """
+    Q, X = _turned(state["basis"], stacked)
     new = {"basis": Q.to(state["basis"].dtype)}
     transport.carry(state, specs, new, step)
     state["basis"].copy_(new["basis"])
     return X.mT @ R
 
 
-def _turned(Q: Tensor, R: Tensor) -> tuple[Tensor, Tensor]:
-    """QX with canonical signs and X, the left singular vectors of R (..., r, k) with the signs that this takes."""
-    scaled = R * inverse_scale(R.abs().amax(dim=(-2, -1)), R.dtype, R.device)
-    X = torch.linalg.eigh(scaled @ scaled.mT).eigenvectors.flip(-1)
+def _turned(Q: Tensor, stacked: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """QX with canonical signs and X, the left singular vectors of [R₁ R₂ …] with the signs that this takes."""
+    largest = torch.stack([R.abs().amax(dim=(-2, -1)) for R in stacked]).amax(dim=0)
+    scale = inverse_scale(largest, stacked[0].dtype, stacked[0].device)
+    grams = (scaled @ scaled.mT for scaled in (R * scale for R in stacked))
+    X = torch.linalg.eigh(functools.reduce(torch.add, grams)).eigenvectors.flip(-1)
     Q = Q.to(X.dtype) @ X
     signs = canonical_signs(Q)
     return Q * signs, X * signs

@@ -85,6 +85,7 @@ class LowRankOptimizer(Executor):
         self._folded: dict[str, Folded] = {}
         self._stepped: dict[str, Tensor] = {}
         self._slots: dict[str, GradientSlots] = {}
+        self._sharing: dict[str, tuple[str, ...]] = {}
         self._fusion: BackwardFusion | None = None
         super().__init__(params, defaults)
         if method.projects and not any(is_projected(group) for group in self.param_groups):

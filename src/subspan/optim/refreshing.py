@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,17 @@ from torch import Tensor
 from subspan.linalg import DenseOperator, seeded_generator
 from subspan.optim.buckets import Work
 from subspan.optim.dense import state_dtype
-from subspan.optim.late import Folded, basis_from_sketch, fold, random_start, refresh_key, test_matrix, turn, warm_start
+from subspan.optim.late import (
+    Folded,
+    basis_from_sketch,
+    fold,
+    random_start,
+    refresh_key,
+    test_matrix,
+    turn,
+    warm_start,
+    widened,
+)
 from subspan.optim.matrix import oriented
 from subspan.optim.method import Found, Geometry, State
 from subspan.optim.slots import GradientSlots
@@ -27,6 +37,73 @@ class Refreshing(StoredOptimizer):
 
     _folded: dict[str, Folded]
     _slots: dict[str, GradientSlots]
+    _sharing: dict[str, tuple[str, ...]]
+
+    def share_basis(self, names: Sequence[str]) -> None:
+        """Let parameters with slots, whose layers have the same input, have one basis: that of their stacked gradients.
+
+        The sketch is the sum of theirs, as for [G₁ G₂ …] with the test matrices stacked, and the basis is turned to the
+        directions of [R₁ R₂ …]. So they train as one layer would that is as wide as all of them together. Each keeps
+        the basis in its state; the first name decides on random starts and on the place in the period.
+
+        Raises:
+            ValueError: fewer than two names, parameters without slots, another group, side or rank, or states that have
+                gone different ways.
+        """
+        if len(names) < 2 or any(name not in self._slots or name in self._sharing for name in names):
+            raise ValueError(
+                f"{list(names)!r} is not allowed: a basis is shared by two parameters or more that have slots and "
+                "share with no others"
+            )
+        found = {name: (parameter, group) for group in self.param_groups for name, parameter in self._named(group)}
+        kinds = set()
+        for parameter, group in (found[name] for name in names):
+            matrix = oriented(parameter, right := self._right(parameter, group))
+            kinds.add((id(group), right, matrix.shape[0], matrix.dtype, matrix.device))
+        if len(kinds) > 1:
+            raise ValueError(f"{', '.join(names)}: a basis is shared within one group, on one side and of one length")
+        states = {name: (found[name][0], self._state(found[name][0])) for name in names}
+        if any(int(state["step"]) for _, state in states.values()):
+            self._check_alike(names, states)
+        else:
+            first = states[names[0]][1]
+            for parameter, state in states.values():
+                for key in self._common_keys(parameter, state):
+                    state[key].copy_(first[key])
+        self._sharing |= dict.fromkeys(names, tuple(names))
+        for name in names:
+            self._slots[name].shared = True
+        self._arm_slots(names)
+
+    def _common_keys(self, parameter: Tensor, state: State) -> list[str]:
+        """State keys of what parameters that share a basis have in common: all but the moments."""
+        group, name = next(
+            (group, name) for group in self.param_groups for name, other in self._named(group) if other is parameter
+        )
+        specs = self._specs(name, parameter, group, state)
+        return [held for key, spec in specs.items() if spec.moment is None for held in spec.stored(key)]
+
+    def _check_alike(self, names: Sequence[str], states: Mapping[str, tuple[Tensor, State]]) -> None:
+        there = [states[name] for name in names if name in states]
+        for parameter, state in there:
+            common = self._common_keys(parameter, state)
+            if len(there) < len(names) or any(not torch.equal(state[key], there[0][1][key]) for key in common):
+                raise ValueError(
+                    f"{', '.join(names)}: their states have different bases or clocks, so they cannot share a basis; "
+                    "share before the first step, and load what a run wrote that shared the same ones"
+                )
+
+    def _check_loaded(self, loaded: Mapping[str, tuple[Tensor, State]]) -> None:
+        for names in dict.fromkeys(self._sharing.values()):
+            self._check_alike(names, loaded)
+
+    def _partners(self, name: str) -> tuple[str, ...]:
+        """The names that share a basis with ``name``, the deciding one first; itself alone where it does not share."""
+        return self._sharing.get(name, (name,))
+
+    def _place(self, name: str) -> float:
+        """Place of a parameter in the period."""
+        return self._places()[self._partners(name)[0]]
 
     def _refresh(self, name: str, parameter: Tensor, G: Tensor, group: dict[str, Any], step: int) -> Tensor | None:
         """Choose the subspace anew and carry the moments over; returns this step's projected gradient if known."""
@@ -38,7 +115,7 @@ class Refreshing(StoredOptimizer):
         assert geometry is not None
         found = Found({})
         if geometry.projected:
-            generator = seeded_generator(self.seed, name, refreshes)
+            generator = seeded_generator(self.seed, self._partners(name)[0], refreshes)
             found = method.subspace.find(DenseOperator(G), geometry, generator=generator, step=step, group=group)
             if found.rank is not None:
                 geometry = replace(geometry, rank=found.rank)
@@ -56,7 +133,7 @@ class Refreshing(StoredOptimizer):
         if "rank" in state:
             state["rank"].fill_(geometry.rank)
         state["refreshes"] += 1
-        due = method.refresh.next_refresh(step, refreshes == 0, lambda: self._places()[name], group, state)
+        due = method.refresh.next_refresh(step, refreshes == 0, lambda: self._place(name), group, state)
         state["next_refresh"].fill_(due)
         return None if any(specs[key].codec is not None for key in new) else found.projected
 
@@ -110,7 +187,7 @@ class Refreshing(StoredOptimizer):
         if not self._sketches(state, geometry, group):
             self._refresh(name, parameter, matrix, group, step)
         elif int(state["refreshes"]) == 0:
-            random_start(state, self._held_subspace(geometry, group), geometry, self.seed, name)
+            random_start(state, self._held_subspace(geometry, group), geometry, self.seed, self._partners(name)[0])
         else:
             return
         if "turned" in state:
@@ -135,24 +212,41 @@ class Refreshing(StoredOptimizer):
                 else:
                     self._folded[name] = left
 
+    def _check_partners(self) -> None:
+        """Refuse a step in which parameters that share a basis would go different ways."""
+        for names in dict.fromkeys(self._sharing.values()):
+            there = [name for name in names if name in self._folded]
+            steps = {int(self._state(self._bound[name])["step"]) for name in names}
+            if len(there) not in (0, len(names)) or len(steps) > 1:
+                raise RuntimeError(
+                    f"{', '.join(names)} share a basis, so they can only be stepped together, and "
+                    + (f"{there} alone have gradients" if len(steps) == 1 else "one of them was skipped alone")
+                    + "; leave share_inputs out where some of the layers may be left out or frozen"
+                )
+
     @torch.no_grad()
     def _arm_slots(self, names: Collection[str]) -> None:
         """Arm slots for the next step; a subspace that needs no gradient is found now."""
         if not names:
             return
-        for group in self.param_groups:
-            for name, parameter in self._named(group):
-                if name in names:
-                    self._arm(name, parameter, group)
-
-    def _arm(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
-        state, slots = self._ensure_state(name, parameter, group), self._slots[name]
-        shape = oriented(parameter, self._right(parameter, group))
-        self._begin(name, parameter, shape, group)
-        geometry = self._geometry(name, parameter, group, state)
-        assert geometry is not None
-        sketched = self._sketches(state, geometry, group)
-        slots.arm(state, refresh_key(self.seed, name, int(state["refreshes"])) if sketched else None)
+        armed = [
+            (name, parameter, group)
+            for group in self.param_groups
+            for name, parameter in self._named(group)
+            if name in names
+        ]
+        for name, parameter, group in armed:
+            self._ensure_state(name, parameter, group)
+            self._begin(name, parameter, oriented(parameter, self._right(parameter, group)), group)
+        for name, parameter, group in armed:
+            state = self._state(parameter)
+            geometry = self._geometry(name, parameter, group, state)
+            assert geometry is not None
+            sketched = self._sketches(state, geometry, group)
+            key = refresh_key(self.seed, name, int(state["refreshes"])) if sketched else None
+            # Of those that share a basis all read the one of the first, so that its product with an input is known.
+            first = self._state(self._bound[self._partners(name)[0]])
+            self._slots[name].arm(first, state, key)
 
     def _loaded(self) -> None:
         self._arm_slots(self._slots.keys())
@@ -162,7 +256,8 @@ class Refreshing(StoredOptimizer):
         assert self.method.transport is not None
         specs = self._specs(work.name, work.parameter, work.group, state)
         tensors = opened(state, specs)
-        turned = turn(tensors, specs, R, self.method.transport, int(state["step"]))
+        stacked = [self._folded[name].gradient() for name in self._partners(work.name) if name in self._folded]
+        turned = turn(tensors, specs, R, stacked, self.method.transport, int(state["step"]))
         close(state, specs, tensors)
         state["turned"].fill_(1)
         return turned
@@ -178,11 +273,14 @@ class Refreshing(StoredOptimizer):
         specs = self._specs(work.name, work.parameter, work.group, state)
         tensors = opened(state, specs)
         old = {"basis": tensors["basis"].clone()}
-        turned = basis_from_sketch(tensors, specs, folded.sketch, method.transport, step + 1)
+        partners = [self._folded[name].sketch for name in self._partners(work.name) if name in self._folded]
+        sketches = [widened(sketch) for sketch in partners if sketch is not None]
+        Y = torch.stack(sketches).sum(0) if len(sketches) > 1 else sketches[0]
+        turned = basis_from_sketch(tensors, specs, Y, method.transport, step + 1)
         if not first:
             method.refresh.compare(tensors, old, tensors, work.group)
         close(state, specs, tensors)
         state["turned"].fill_(int(turned))
         state["refreshes"] += 1
-        due = method.refresh.next_refresh(step, first, lambda: self._places()[work.name], work.group, state)
+        due = method.refresh.next_refresh(step, first, lambda: self._place(work.name), work.group, state)
         state["next_refresh"].fill_(due)

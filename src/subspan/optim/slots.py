@@ -58,6 +58,7 @@ class GradientSlots:
         projected: leaf (r, n) whose gradient is QᵀG.
         sketch: leaf (m, r) whose gradient is GΩ.
         R, Y: their sums.
+        shared: whether other layers have the same basis.
         active: False once the optimizer is gone, and in copies: the layer then forms its gradient.
     """
 
@@ -67,17 +68,18 @@ class GradientSlots:
         self.reader = Reader(basis, None if warm is None else warm[1])
         self._keys = tuple(basis.stored("basis"))
         self._warm_keys = () if warm is None else tuple(warm[1].moment.stored(warm[0]))
-        self.right, self.active = right, True
+        self.right, self.active, self.shared = right, True, False
         self.held: tuple[Tensor, ...] = ()
         self.key: Tensor | None = None
         self.R, self.Y = Sum(), Sum()
         self.projected = _leaf(geometry.rank, geometry.n, like, self.R)
         self.sketch = _leaf(geometry.m, geometry.rank, like, self.Y)
 
-    def arm(self, state: State, key: Tensor | None) -> None:
-        """Take over what ``state`` holds, and the key of a refresh that is due."""
-        keys = self._keys if key is None else self._keys + self._warm_keys
-        self.held, self.key = tuple(state[name] for name in keys), key
+    def arm(self, first: State, state: State, key: Tensor | None) -> None:
+        """Take over the basis that ``first`` holds, and what a refresh that is due needs: its key and ``state``."""
+        moment = () if key is None else self._warm_keys
+        self.held = (*(first[name] for name in self._keys), *(state[name] for name in moment))
+        self.key = key
 
     @property
     def basis(self) -> Tensor:

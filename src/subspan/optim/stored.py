@@ -74,6 +74,7 @@ class StoredOptimizer(DeclaredOptimizer):
         origin = loading.check_origin(state_dict, self.method)
         saved_groups = state_dict["param_groups"]
         loaded = loading.load_parameters(self.param_groups, saved_groups, state_dict["state"], self._stored_specs)
+        self._check_loaded(loaded)
         groups = []
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
             settings = {
@@ -91,11 +92,14 @@ class StoredOptimizer(DeclaredOptimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
+    def _check_loaded(self, loaded: dict[str, tuple[Tensor, State]]) -> None:
+        """Called before a state replaces the one there is; an error refuses it."""
+
     def _loaded(self) -> None:
         """Called when a state has replaced the one before."""
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("method", "seed", "nonfinite", "skipped_steps", "_warned", "_bound", "_cached_roster")
         # Hooks belong to the parameters; what was folded is no state.
-        nothing: dict[str, Any] = {"_folded": {}, "_stepped": {}, "_slots": {}, "_fusion": None}
+        nothing: dict[str, Any] = {"_folded": {}, "_stepped": {}, "_slots": {}, "_sharing": {}, "_fusion": None}
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}, **nothing}

@@ -69,6 +69,8 @@ class PretrainConfig:
             projection only, and accumulate and clip that; the other methods update the weights in backward, which
             needs ``--max_grad_norm 0`` and no accumulation; or projected (GaLore, GoLore): linear layers compute the
             projection alone, which saves time too.
+        share_inputs: With gradient projected: layers with one input (q, k, v; gate, up) share a basis, and their
+            projected input is computed and kept once.
         chunked_loss: Compute the loss some tokens at a time, so that the logits of all of them never exist at once.
         activation_checkpointing: Recompute activations in the backward pass: less memory, more time.
         eval_every: Steps between evaluations on the held-out text; 0 evaluates at the end only.
@@ -107,6 +109,7 @@ class PretrainConfig:
     seq_len: int = 128
     dtype: Literal["float32", "bfloat16", "amp"] = "float32"
     gradient: Literal["full", "fused", "projected"] = "full"
+    share_inputs: bool = False
     chunked_loss: bool = False
     activation_checkpointing: bool = False
     eval_every: int = 200
@@ -140,6 +143,7 @@ class PretrainConfig:
         self._demand("schedule", self.schedule in ("cosine", "linear", "constant"), "cosine, linear or constant")
         self._demand("dtype", self.dtype in ("float32", "bfloat16", "amp"), "float32, bfloat16 or amp")
         self._demand("gradient", self.gradient in ("full", "fused", "projected"), "full, fused or projected")
+        self._demand("share_inputs", not self.share_inputs or self.gradient == "projected", "false, but with projected")
         self._demand("report_to", self.report_to in ("none", "tensorboard", "wandb"), "none, tensorboard or wandb")
 
     def _demand(self, name: str, good: bool, allowed: str) -> None:

@@ -61,7 +61,9 @@ def check_settings(config: PretrainConfig) -> None:
         ValueError: an unknown method or setting, or an impossible value.
     """
     fused: Literal["full", "fused"] = "full" if config.gradient == "full" else "fused"
-    settings = dataclasses.replace(resolve(config, 8), target_modules="all-linear", exclude=[], gradient=fused)
+    settings = dataclasses.replace(
+        resolve(config, 8), target_modules="all-linear", exclude=[], gradient=fused, share_inputs=False
+    )
     optimizer = build_optimizer(nn.Linear(8, 8), settings)
     if config.gradient != "full" and config.optimizer.get("refresh") == "now":
         raise ValueError(
@@ -110,7 +112,7 @@ def build_optimizer(model: nn.Module, config: PretrainConfig) -> LowRankOptimize
     if config.gradient == "fused":
         optimizer.fuse_into_backward()
     elif config.gradient == "projected":
-        project_gradients(model, optimizer)
+        project_gradients(model, optimizer, share_inputs=config.share_inputs)
     return optimizer
 
 

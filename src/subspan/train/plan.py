@@ -215,7 +215,8 @@ def _beside(settings: PlanSettings, name: str) -> PlanSettings:
     elif gradient != "full" and not create_optimizer(name, nn.Linear(2, 2)).folds:
         gradient = "fused" if settings.grad_accumulation == 1 else "full"
     rank = settings.rank if name != "apollo_mini" and _takes_rank(name) else None
-    return dataclasses.replace(settings, method=name, optimizer={}, gradient=gradient, rank=rank)
+    share = settings.share_inputs and gradient == "projected"
+    return dataclasses.replace(settings, method=name, optimizer={}, gradient=gradient, share_inputs=share, rank=rank)
 
 
 def _with_lora(model: PreTrainedModel, settings: PlanSettings, width: int) -> nn.Module:

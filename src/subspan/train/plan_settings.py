@@ -30,6 +30,7 @@ class PlanSettings:
         seq_len: Tokens in a sequence.
         grad_accumulation: Forward passes in an optimizer step.
         gradient: full, fused (taken in backward and freed) or projected (never formed), as in ``subspan pretrain``.
+        share_inputs: With gradient projected: layers with one input share a basis.
         activation_checkpointing: Recompute activations in the backward pass.
         compare: Other recipes to plan beside it: ``all``, or names separated by commas: those of ``subspan methods``,
             ``adamw_torch`` (moments in the dtype of the weights), ``adamw_8bit`` (torchao) and ``lora`` (peft).
@@ -52,6 +53,7 @@ class PlanSettings:
     seq_len: int = 256
     grad_accumulation: int = 1
     gradient: Literal["full", "fused", "projected"] = "full"
+    share_inputs: bool = False
     activation_checkpointing: bool = False
     compare: str | None = None
     budget: str = "24GiB"
