@@ -35,6 +35,7 @@ def test_yaml_and_back(tmp_path: Path) -> None:
         ("keep_checkpoints", 0),
         ("eval_every", -1),
         ("log_every", 0),
+        ("share_inputs", True),
     ],
 )
 def test_impossible_values_are_named(name: str, value: Any) -> None:

@@ -48,7 +48,7 @@ def optimizer_state(folder: Path, step: int) -> dict[str, Any]:
         {"method": "frugal", "rank": None, "optimizer": {"update_proj_gap": 3}},
         {"rank": 30, "optimizer": {"rank_policy": "tolerance", "rtol": 0.05, "update_proj_gap": 3}},
         {"gradient": "fused", "grad_accumulation": 2},
-        {"gradient": "projected", "grad_accumulation": 2, "activation_checkpointing": True},
+        {"gradient": "projected", "share_inputs": True, "grad_accumulation": 2, "activation_checkpointing": True},
         {"gradient": "fused", "method": "apollo", "max_grad_norm": 0.0},
     ],
     ids=["fp32", "bf16", "amp", "accumulation", "frugal", "tolerance", "folded", "projected", "updated in backward"],

@@ -143,7 +143,11 @@ class PretrainConfig:
         self._demand("schedule", self.schedule in ("cosine", "linear", "constant"), "cosine, linear or constant")
         self._demand("dtype", self.dtype in ("float32", "bfloat16", "amp"), "float32, bfloat16 or amp")
         self._demand("gradient", self.gradient in ("full", "fused", "projected"), "full, fused or projected")
-        self._demand("share_inputs", not self.share_inputs or self.gradient == "projected", "false, but with projected")
+        self._demand(
+            "share_inputs",
+            not self.share_inputs or self.gradient == "projected",
+            "false where gradient is not projected",
+        )
         self._demand("report_to", self.report_to in ("none", "tensorboard", "wandb"), "none, tensorboard or wandb")
 
     def _demand(self, name: str, good: bool, allowed: str) -> None:

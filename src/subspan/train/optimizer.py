@@ -127,7 +127,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, config: PretrainConfig, mo
     Raises:
         RuntimeError: another class, or not the same parameters projected.
     """
-    wanted = build_optimizer(model, dataclasses.replace(config, gradient="full"))
+    wanted = build_optimizer(model, dataclasses.replace(config, gradient="full", share_inputs=False))
     if type(optimizer) is not type(wanted):
         raise RuntimeError(
             f"the Trainer uses {type(optimizer).__name__} although {type(wanted).__name__} was asked for; this version "
