@@ -52,7 +52,7 @@ def test_every_method_has_its_section_and_its_defaults(name: str) -> None:
     assert stated
     assert stated == {key: group[key] for key in stated}
     unstated = optimizer.defaults.keys() - stated.keys() - {"betas", "rank", "density"}
-    common = {"eps", "weight_decay", "moments", "basis_storage", "min_quantized", "rounding"}
+    common = {"eps", "weight_decay", "moments", "basis_storage", "min_quantized", "rounding", "warm_start"}
     assert unstated <= common, "keys that the section does not name"
 
 

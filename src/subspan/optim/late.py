@@ -108,7 +108,11 @@ def refresh_key(seed: int, name: str, refreshes: int) -> Tensor:
     return torch.zeros((), dtype=torch.int64).fill_(unsigned - (unsigned >> 63 << 64))
 
 
-@torch.library.custom_op("subspan::test_matrix", mutates_args=())
+@torch.library.custom_op(
+    "subspan::test_matrix",
+    mutates_args=(),
+    schema="(Tensor key, Tensor like, SymInt[] shape, ScalarType drawn_as) -> Tensor",
+)
 def test_matrix(key: Tensor, like: Tensor, shape: Sequence[int], drawn_as: torch.dtype) -> Tensor:
     """Ω of a refresh, the same for all gradients that are added up, drawn from its key each time.
 

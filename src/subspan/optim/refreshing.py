@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -275,7 +276,7 @@ class Refreshing(StoredOptimizer):
         old = {"basis": tensors["basis"].clone()}
         partners = [self._folded[name].sketch for name in self._partners(work.name) if name in self._folded]
         sketches = [widened(sketch) for sketch in partners if sketch is not None]
-        Y = torch.stack(sketches).sum(0) if len(sketches) > 1 else sketches[0]
+        Y = functools.reduce(torch.add, sketches)
         turned = basis_from_sketch(tensors, specs, Y, method.transport, step + 1)
         if not first:
             method.refresh.compare(tensors, old, tensors, work.group)
