@@ -22,9 +22,9 @@ from subspan.optim.screen import nonfinite_gradients, nonfinite_projections
 from subspan.optim.slots import GradientSlots
 from subspan.optim.storage import close, gather_state, opened, rounded, scatter_state
 from subspan.optim.stored import StoredOptimizer
-from subspan.optim.tiling import on_host
 from subspan.optim.transport import resized
 from subspan.state import StateSpec
+from subspan.state.host import on_host
 
 
 class Executor(StoredOptimizer):
