@@ -36,7 +36,10 @@ import torch
 from record import RESULTS, environment, import_peer
 from torch import Tensor
 
-OURS = ("galore", "golore", "fira", "apollo", "apollo_mini", "frugal", "galore_projected", "galore_8bit", "q_galore")
+OURS = (
+    "galore", "golore", "fira", "apollo", "apollo_mini", "frugal", "galore_projected", "galore_8bit", "q_galore",
+    "q_galore_int8", "q_apollo", "q_apollo_mini",
+)  # fmt: skip
 CONTENDERS = ("adamw", "galore_torch", *OURS)
 #: What makes two runs comparable; `lr`, `ratio` and `contender` vary within it.
 COMMON = ("model", "steps", "batch_size", "seq_len", "rank", "gap", "precision", "warm_up", "final_lr")
@@ -91,6 +94,7 @@ def make_optimizer(
         groups = [{"params": others}, {"params": matrices, "lr": lr * ratio, **low_rank}]
         return import_peer("galore_torch").GaLoreAdamW(groups, lr=lr, weight_decay=0.0, no_deprecation_warning=True)
 
+    from subspan.nn import project_gradients, quantize_weights
     from subspan.optim import create_optimizer, param_groups
 
     settings: dict[str, Any] = {"rank": rank, "update_proj_gap": gap}
@@ -101,14 +105,16 @@ def make_optimizer(
     elif name == "frugal":
         settings["rank"] = None
         settings["density"] = 0.25
+    if name in ("q_galore_int8", "q_apollo", "q_apollo_mini"):
+        quantize_weights(model, group_size=128 if "apollo" in name else 256)
+    if name == "q_apollo_mini":  # the recipe of the least memory
+        settings |= {"rank": 1, "other_moments": "8bit"}
     groups = param_groups(model, lr_scale=ratio, **settings)
     if name == "galore_projected":
-        from subspan.nn import project_gradients
-
         optimizer = create_optimizer("galore", groups, lr=lr, weight_decay=0.0)
         project_gradients(model, optimizer)
         return optimizer
-    return create_optimizer(name, groups, lr=lr, weight_decay=0.0)
+    return create_optimizer(name.removesuffix("_int8"), groups, lr=lr, weight_decay=0.0)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -154,6 +160,8 @@ def train(
     torch.manual_seed(seed)
     model = build_model(args.model, seq_len=args.seq_len, seed=seed)
     model.set_attn_implementation("eager")  # faster than sdpa on the CPU at these sizes
+    if args.precision == "pure_bf16":
+        model.to(torch.bfloat16)
     optimizer = (
         build(model)
         if build is not None
@@ -186,6 +194,7 @@ def train(
         optimizer.zero_grad()
         scheduler.step()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
+    model.float()
     validation_loss = evaluate(model, validation) if math.isfinite(losses[-1]) else math.inf
     finite = math.isfinite(validation_loss)
     return {
@@ -374,7 +383,12 @@ def parser(description: str | None, **rates: Any) -> argparse.ArgumentParser:
     parser.add_argument("--gap", type=int, default=50, help="update_proj_gap")
     parser.add_argument("--warm-up", type=float, default=0.1, help="fraction of the steps")
     parser.add_argument("--final-lr", type=float, default=0.1, help="fraction of the peak, reached by a cosine")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of forward and backward")
+    parser.add_argument(
+        "--precision",
+        choices=("bf16", "fp32", "pure_bf16"),
+        default="bf16",
+        help="of forward and backward; pure_bf16: of weights too",
+    )
     parser.add_argument("--validation-sequences", type=int, default=256, help="a multiple of 8")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS / "quality.jsonl")

@@ -15,6 +15,7 @@ from subspan.optim import create_optimizer, list_methods
 GROUP_KEYS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "apollo_mini": {"rank": 1, "update_proj_gap": 4},
+    "q_apollo_mini": {"rank": 1, "update_proj_gap": 4},
     "frugal": {"density": 0.4, "update_proj_gap": 4},
     "galore_8bit": {"rank": 4, "update_proj_gap": 4, "min_quantized": 1},
     # Its period doubles at every refresh.

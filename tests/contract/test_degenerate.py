@@ -123,7 +123,7 @@ def test_zero_gradients_move_nothing_and_training_goes_on(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in LOW_RANK if case.method in {"fira", "apollo", "apollo_mini"}], ids=str
+    "case", [case for case in LOW_RANK if "apollo" in case.method or case.method == "fira"], ids=str
 )
 def test_a_zero_gradient_does_not_lock_the_limiter(case: Case) -> None:
     """‖S_t‖ ≤ γ‖S_{t−1}‖ with ‖S_{t−1}‖ = 0 would hold S at zero for good."""
@@ -247,7 +247,7 @@ def test_a_non_finite_entry_where_the_basis_is_zero_is_seen(case: Case, bad: flo
 def test_finite_gradients_near_the_largest_number_leave_no_nan(case: Case, dtype: torch.dtype) -> None:
     """Sums over their entries are infinite, the entries are not: fp16 must not skip, the range of fp32 may force it."""
     named = parameters({"a": (16, 24)}, dtype=dtype)
-    optimizer = case(case.groups(named))
+    optimizer = case(case.groups(named), rounding="nearest")
     start = named["a"].detach().clone()
     for step in range(6):
         named["a"].grad = torch.full_like(named["a"], 0.9 * torch.finfo(dtype).max)

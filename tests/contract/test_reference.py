@@ -97,8 +97,9 @@ def group(proj_type: str, **keys: Any) -> dict[str, Any]:
 
 
 def test_every_method_has_a_reference() -> None:
+    """Those with weights of 8 bits are in test_int8.py; without them they are the recipes that they are made of."""
     known = {"adamw", "galore", "galore_8bit", "q_galore", "golore", "fira", "apollo", "apollo_mini", "frugal"}
-    assert set(list_methods()) == known
+    assert set(list_methods()) == known | {"q_apollo", "q_apollo_mini"}
 
 
 @pytest.mark.parametrize("shape", [*SHAPES.values(), (9,)], ids=str)
@@ -242,15 +243,17 @@ def test_fira_limits_the_growth_of_the_residual(limiter: float) -> None:
 def test_apollo(shape: tuple[int, int], proj_type: str, settings: dict[str, Any], scale: float) -> None:
     keys = group(proj_type, scale=scale)
     front = {key: value for key, value in settings.items() if key == "scale_front"}
-    reference = APOLLOReference(find=counted(gaussian), **front, **keys, **NUMBERS)
-    follow("apollo", reference, shape, keys, stagger=False, **settings)
+    for method in ("apollo", "q_apollo"):
+        reference = APOLLOReference(find=counted(gaussian), **front, **keys, **NUMBERS)
+        follow(method, reference, shape, keys, stagger=False, **settings)
 
 
 @every_side
 def test_apollo_mini(shape: tuple[int, int], proj_type: str) -> None:
     keys = {"rank": 1, "update_proj_gap": GAP, "proj_type": proj_type}
-    reference = APOLLOReference(find=counted(gaussian), tensor=True, scale=128.0, **keys, **NUMBERS)
-    follow("apollo_mini", reference, shape, keys, stagger=False)
+    for method in ("apollo_mini", "q_apollo_mini"):
+        reference = APOLLOReference(find=counted(gaussian), tensor=True, scale=128.0, **keys, **NUMBERS)
+        follow(method, reference, shape, keys, stagger=False)
 
 
 @every_side

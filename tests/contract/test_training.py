@@ -340,7 +340,7 @@ def test_low_precision_weights_are_rounded_once(case: Case, dtype: torch.dtype) 
     low = parameters(dtype=dtype)
     high = {name: nn.Parameter(p.detach().float()) for name, p in low.items()}
     start = clone(high)
-    one, other = case(case.groups(low), weight_decay=0.1), case(case.groups(high), weight_decay=0.1)
+    one, other = (case(case.groups(ps), weight_decay=0.1, rounding="nearest") for ps in (low, high))
     for name, p in low.items():
         p.grad = gradient(name, p, 0).to(dtype)
         high[name].grad = p.grad.float()

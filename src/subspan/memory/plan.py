@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from subspan.memory.trace import Timeline
 from subspan.optim import LowRankOptimizer
+from subspan.state import held
 
 #: What `PeakPlan` divides memory into.
 CATEGORIES = (
@@ -69,7 +70,7 @@ def plan(model: nn.Module, optimizer: LowRankOptimizer) -> MemoryPlan:
     """
     tensors = [*model.parameters(), *model.buffers()]
     return MemoryPlan(
-        weights=sum(tensor.numel() * tensor.itemsize for tensor in tensors),
+        weights=sum(part.numel() * part.itemsize for tensor in tensors for part in held(tensor)),
         gradients=optimizer.planned_gradient_bytes(),
         state=optimizer.planned_state_bytes(),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -14,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from subspan.memory.trace import tensors_in
 from subspan.optim import LowRankOptimizer
 from subspan.optim.method import State
-from subspan.optim.tiling import as_on_accelerator
+from subspan.state import Int8Weight, held
+from subspan.state.host import as_on_accelerator
 
 __all__ = ["materialise", "rehearse_step", "simulated"]
 
@@ -22,6 +24,7 @@ __all__ = ["materialise", "rehearse_step", "simulated"]
 _LARGE = 1 << 16
 # Elements up to which a vector may be a table of numbers that Python code computes once.
 _TABLE = 1 << 10
+_ARITHMETIC = (torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor)
 _EMPTY = torch.ops.aten.empty.memory_format
 _READ = torch.ops.aten._local_scalar_dense.default
 
@@ -56,16 +59,23 @@ class _HostNumbers(TorchDispatchMode):
     """Keeps real what Python code decides by, and answers what depends on numbers that are not there."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if Int8Weight in types:
+            return NotImplemented  # it comes back as operations on what it holds
         kwargs = kwargs or {}
         tensors = [*tensors_in(args), *tensors_in(tuple(kwargs.values()))]
         fake = any(isinstance(tensor, FakeTensor) for tensor in tensors)
         if func is _READ and fake:
             dtype = args[0].dtype
             return 1.0 if dtype.is_floating_point else dtype == torch.bool or 1
-        if not fake and (tensors or _makes_host_numbers(func, args, kwargs)):
+        if not fake and not _is_bulk(func, tensors) and (tensors or _makes_host_numbers(func, args, kwargs)):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _is_bulk(func: Any, tensors: list[torch.Tensor]) -> bool:
+    """Whether integers are computed for so many elements that Python reads none of them: those that round weights."""
+    return func in _ARITHMETIC and math.prod(torch.broadcast_shapes(*(x.shape for x in tensors))) > _LARGE
 
 
 def _makes_host_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -85,12 +95,16 @@ def materialise(model: nn.Module) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 if parameter not in made:
-                    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-                    made[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+                    made[parameter] = nn.Parameter(_empty(parameter), requires_grad=parameter.requires_grad)
                 module._parameters[name] = made[parameter]  # type: ignore[assignment]
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = made.setdefault(buffer, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+def _empty(parameter: torch.Tensor) -> torch.Tensor:
+    parts = [torch.empty(part.shape, dtype=part.dtype) for part in held(parameter)]
+    return Int8Weight(parts[0], parts[1], parameter.dtype) if isinstance(parameter, Int8Weight) else parts[0]
 
 
 def rehearse_step(optimizer: torch.optim.Optimizer) -> None:

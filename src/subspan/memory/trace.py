@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from subspan.state import Int8Weight, held
+
 __all__ = ["MemoryTrace", "Moment", "Timeline"]
 
 
@@ -103,6 +105,8 @@ class MemoryTrace(TorchDispatchMode):
         self._events: list[_Event] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if Int8Weight in types:
+            return NotImplemented  # it comes back as operations on what it holds
         result = func(*args, **(kwargs or {}))
         for tensor in tensors_in(result):
             if self.device is not None and tensor.device.type != self.device.type:
@@ -115,10 +119,10 @@ class MemoryTrace(TorchDispatchMode):
 
     def label(self, tensors: Iterable[Tensor | None], category: str) -> None:
         """Say what the storages of ``tensors`` are for, from their allocation on; new ones are followed from now."""
-        for tensor in tensors:
-            if tensor is not None and (self.device is None or tensor.device.type == self.device.type):
-                self._follow(tensor, category, "")
-                self._live[tensor.untyped_storage()._cdata][1].category = category
+        for part in (part for whole in tensors if whole is not None for part in held(whole)):
+            if self.device is None or part.device.type == self.device.type:
+                self._follow(part, category, "")
+                self._live[part.untyped_storage()._cdata][1].category = category
 
     def timeline(self) -> Timeline:
         """Peaks, with every allocation in the category that it was given last."""

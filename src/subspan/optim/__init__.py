@@ -9,6 +9,7 @@ from subspan.optim.methods.frugal import FRUGAL
 from subspan.optim.methods.galore import GaLore
 from subspan.optim.methods.galore_8bit import GaLore8bit
 from subspan.optim.methods.golore import GoLore
+from subspan.optim.methods.q_apollo import QAPOLLO, QAPOLLOMini
 from subspan.optim.methods.q_galore import QGaLore
 from subspan.optim.optimizer import LowRankOptimizer
 from subspan.optim.param_groups import param_groups
@@ -17,6 +18,7 @@ from subspan.optim.registry import MethodInfo, create_optimizer, list_methods, m
 __all__ = [
     "APOLLO",
     "FRUGAL",
+    "QAPOLLO",
     "SGD",
     "APOLLOMini",
     "Adam",
@@ -28,6 +30,7 @@ __all__ = [
     "LowRankOptimizer",
     "Method",
     "MethodInfo",
+    "QAPOLLOMini",
     "QGaLore",
     "create_optimizer",
     "list_methods",

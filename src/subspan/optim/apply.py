@@ -8,7 +8,7 @@ from torch import Tensor
 from subspan.optim.method import Update
 from subspan.optim.projection import Projection
 from subspan.optim.tiling import Tile, tiles
-from subspan.state import random_bits, round_stochastically
+from subspan.state import Int8Weight, random_bits, round_stochastically
 
 
 def apply_update(
@@ -24,7 +24,7 @@ def apply_update(
     """W <- beta·W + alpha·(factor·P·low_rank + gain∘G + residual(G − P·projected)), in place.
 
     Weights in float32 or float64 take decay and back-projection in one ``addmm_`` and the gain in one ``addcmul_``.
-    Other dtypes, and a non-linear residual, go through row tiles: computed in float32, rounded once.
+    Other dtypes, weights of 8 bits, and a non-linear residual go through row tiles: computed in float32, rounded once.
 
     Args:
         W, G: (..., m, n), oriented views; G may be None where neither gain nor residual is asked for.
@@ -33,9 +33,10 @@ def apply_update(
         beta: decay factor.
         alpha: minus the learning rate.
         keys: int64 keys of random numbers, one for each parameter in W: (), or (count,) for a stack of several. With
-            them bfloat16 weights are rounded stochastically.
+            them bfloat16 weights and those of 8 bits are rounded stochastically.
     """
-    if W.dtype in (torch.float32, torch.float64) and update.residual is None:
+    whole = W.dtype in (torch.float32, torch.float64) and not isinstance(W, Int8Weight)
+    if whole and update.residual is None:
         if update.low_rank is not None:
             projection.add_back_(W, update.low_rank, beta=beta, alpha=alpha * update.factor)
         elif beta != 1.0:
@@ -46,8 +47,7 @@ def apply_update(
         return
     dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
     for tile in tiles(W):
-        out = tile.of(W)
-        w = out.to(dtype)
+        w = read(W, tile, dtype)
         if beta != 1.0:
             w = w * beta
         if update.low_rank is not None:
@@ -60,24 +60,34 @@ def apply_update(
             if update.residual is not None:
                 assert update.projected is not None
                 w = w.add(update.residual(g - projection.back(update.projected, tile, W)), alpha=alpha)
-        store(out, w, keys, None if keys is None else _numbers(W, tile, keys.ndim == 0))
+        store(W, tile, w, keys, None if keys is None else _numbers(W, tile, keys.ndim == 0))
 
 
-def store(out: Tensor, w: Tensor, keys: Tensor | None, numbers: Tensor | None) -> None:
-    """Write ``w`` into the weights ``out``, rounded to nearest, or stochastically by keys and numbers of elements."""
-    if keys is not None and numbers is not None and out.dtype == torch.bfloat16:
-        keys = keys.to(out.device)
+def read(W: Tensor, tile: Tile, dtype: torch.dtype) -> Tensor:
+    """A tile of weights, however they are held; not to be written to."""
+    if not isinstance(W, Int8Weight):
+        return tile.of(W).to(dtype)
+    w = W.rows(tile.start, tile.start + tile.length, dtype)
+    return w.mT if W.transposed else w
+
+
+def store(W: Tensor, tile: Tile, w: Tensor, keys: Tensor | None, numbers: Tensor | None) -> None:
+    """Write a tile of weights, rounded to nearest, or stochastically by keys and numbers of its elements."""
+    bits = None
+    if keys is not None and numbers is not None and (W.dtype == torch.bfloat16 or isinstance(W, Int8Weight)):
+        keys = keys.to(W.device)
         bits = random_bits(keys[:, None, None] if keys.ndim else keys, numbers)
-        w = round_stochastically(w, bits)
-    out.copy_(w)
-
-
-def store_span(out: Tensor, w: Tensor, key: Tensor | None, first: int) -> None:
-    """`store` for elements that follow each other in their parameter, from the one with the number ``first`` on."""
-    if key is None:
-        store(out, w, None, None)
+    if isinstance(W, Int8Weight):
+        turned = [None if X is None else X.mT.contiguous() if W.transposed else X for X in (w, bits)]
+        W.round_rows_(tile.start, *turned)  # type: ignore[arg-type]
     else:
-        store(out, w, key, torch.arange(first, first + out.numel(), device=out.device).view(out.shape))
+        tile.of(W).copy_(w if bits is None else round_stochastically(w, bits))
+
+
+def store_span(W: Tensor, tile: Tile, w: Tensor, key: Tensor | None, first: int) -> None:
+    """`store` for elements that follow each other in their parameter, from the one with the number ``first`` on."""
+    numbers = None if key is None else torch.arange(first, first + w.numel(), device=w.device).view(w.shape)
+    store(W, tile, w, key, numbers)
 
 
 def _numbers(W: Tensor, tile: Tile, one_parameter: bool) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from subspan.optim.method import Geometry, State
-from subspan.optim.tiling import on_host
+from subspan.state import Int8Weight
+from subspan.state.host import on_host
 
 # Above this many elements a matrix is worked on alone: stacking copies its gradient, which on a CPU soon costs more
 # than the calls that it saves (measured: 128×128 gains, 256×256 loses). A device waits for its launches instead.
@@ -58,7 +59,8 @@ def buckets(tasks: Iterable[Task]) -> list[list[Task]]:
         geometry, device = task.geometry, task.parameter.device
         elements = geometry.m * geometry.n
         limit = _STACKABLE_CPU if on_host(device) else _STACKABLE_DEVICE
-        if geometry.batch or elements > limit or geometry.rank in (0, geometry.m):
+        alone = geometry.batch or isinstance(task.parameter, Int8Weight)
+        if alone or elements > limit or geometry.rank in (0, geometry.m):
             result.append([task])
             continue
         key = (id(task.group), geometry, task.right, task.age, task.parameter.dtype, device, task.projected is None)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from subspan.optim.apply import store_span
+from subspan.optim.apply import read, store_span
 from subspan.optim.method import Group, Inner, Method, State
-from subspan.optim.tiling import on_host, tiles
-from subspan.state import StateSpec
+from subspan.optim.tiling import Tile, tiles
+from subspan.state import Int8Weight, StateSpec
+from subspan.state.host import on_host
 
 DenseWork = tuple[Tensor, Tensor, State, Tensor | None]
 
-# Elements of a piece of a tensor whose moments are decoded and encoded; multiples of all blocks.
+# Elements of a piece of a tensor whose moments are decoded and encoded, about; pieces are whole blocks of all codecs.
 _CPU_PIECE = 1 << 18
 _DEVICE_PIECE = 1 << 22
+_BLOCK = 256
 
 
 def state_dtype(parameter: Tensor) -> torch.dtype:
@@ -44,8 +48,7 @@ def step_dense(method: Method, works: list[DenseWork], age: int, group: Group, *
         moments = method.dense_moments(tuple(W.shape), state_dtype(W), group)
         if any(spec.codec is not None for spec in moments.values()):
             _step_coded(inner, work, moments, age, group, beta=beta, alpha=alpha)
-        # The kernel walks memory: its tensors must have one dtype and one layout.
-        elif inner.fuses and W.dtype == G.dtype == state_dtype(W) and W.is_contiguous() and G.is_contiguous():
+        elif inner.fuses and _in_one_kernel(W, G):
             fused.setdefault((W.dtype, W.device), []).append(work)
         else:
             own = {key: state[key] for key in moments}
@@ -55,21 +58,27 @@ def step_dense(method: Method, works: list[DenseWork], age: int, group: Group, *
         inner.step_fused(Ws, Gs, states, age, group, beta=beta, alpha=alpha)
 
 
+def _in_one_kernel(W: Tensor, G: Tensor) -> bool:
+    # The kernel walks memory: its tensors must have one dtype and one layout.
+    alike = W.dtype == G.dtype == state_dtype(W) and W.is_contiguous() and G.is_contiguous()
+    return alike and not isinstance(W, Int8Weight)
+
+
 def _step_tiles(inner: Inner, work: DenseWork, age: int, group: Group, *, beta: float, alpha: float) -> None:
     W, G, moments, key = work
     dtype = state_dtype(W)
     if not W.is_contiguous():
         U = inner.direction(G.to(dtype).contiguous(), moments, age, group)
-        store_span(W, W.to(dtype).mul(beta).add_(U, alpha=alpha), key, 0)
+        store_span(W, Tile(-1, 0, W.shape[-1]), W.to(dtype).mul(beta).add_(U, alpha=alpha), key, 0)
         return
     columns = W.shape[-1] if W.ndim > 1 else 1
-    W, G = W.view(-1, columns), G.reshape(-1, columns)
+    W, G = W if isinstance(W, Int8Weight) else W.view(-1, columns), G.reshape(-1, columns)
     moments = {name: tensor.view(-1, columns) for name, tensor in moments.items()}
     for tile in tiles(W):
-        out = tile.of(W)
         part = {name: tile.of(tensor) for name, tensor in moments.items()}
         U = inner.direction(tile.of(G).to(dtype).contiguous(), part, age, group)
-        store_span(out, out.to(dtype).mul(beta).add_(U, alpha=alpha), key, tile.start * columns)
+        w = read(W, tile, dtype).mul(beta).add_(U, alpha=alpha)
+        store_span(W, tile, w, key, tile.start * columns)
 
 
 def _step_coded(
@@ -79,27 +88,30 @@ def _step_coded(
     W, G, state, seed = work
     dtype = state_dtype(W)
     # Blocks are counted anew for each matrix of a stack. Weights in another memory layout are copied.
-    matrices = W.reshape(W.shape[0] if W.ndim == 3 else 1, -1)
-    gradients = G.reshape(matrices.shape)
-    piece = _CPU_PIECE if on_host(W.device) else _DEVICE_PIECE
-    for index, (weight, gradient) in enumerate(zip(matrices, gradients, strict=True)):
-        held = {key: _matrix(spec, key, state, index) for key, spec in specs.items()}
+    flat = W if isinstance(W, Int8Weight) else W.reshape(W.shape[0] if W.ndim == 3 else 1, -1)
+    matrices, row = ([W], W.shape[1]) if isinstance(W, Int8Weight) else (list(flat), 1)
+    unit = math.lcm(row, _BLOCK)
+    piece = math.ceil((_CPU_PIECE if on_host(W.device) else _DEVICE_PIECE) / unit) * unit
+    for index, (weight, gradient) in enumerate(zip(matrices, G.reshape(len(matrices), -1), strict=True)):
+        own = {key: _matrix(spec, key, state, index) for key, spec in specs.items()}
         for start in range(0, weight.numel(), piece):
             stop = min(start + piece, weight.numel())
-            out = weight[start:stop]
+            tile = Tile(0, start // row, (stop - start) // row)
             parts, moments = {}, {}
             for key, spec in specs.items():
                 assert spec.codec is not None
-                parts[key] = spec.codec.part(held[key], start, stop)
+                parts[key] = spec.codec.part(own[key], start, stop)
                 moments[key] = spec.codec.decode(parts[key], (stop - start,)).to(dtype)
             U = inner.direction(gradient[start:stop].to(dtype), moments, age, group)
             for key, spec in specs.items():
                 assert spec.codec is not None
                 for suffix, tensor in spec.codec.encode(moments[key]).items():
                     parts[key][suffix].copy_(tensor)
-            store_span(out, out.to(dtype).mul(beta).add_(U, alpha=alpha), seed, index * weight.numel() + start)
-    if matrices.data_ptr() != W.data_ptr():
-        W.copy_(matrices.view(W.shape))
+            w = read(weight, tile, dtype)
+            w = w.mul(beta).add_(U.view(w.shape), alpha=alpha)
+            store_span(weight, tile, w, seed, index * weight.numel() + start)
+    if not W.is_contiguous():
+        W.copy_(flat.view(W.shape))
 
 
 def _matrix(spec: StateSpec, key: str, state: State, index: int) -> State:

@@ -20,7 +20,7 @@ from subspan.optim.method import State, Step
 from subspan.optim.refreshing import Refreshing
 from subspan.optim.screen import nonfinite_gradients, nonfinite_projections
 from subspan.optim.storage import gather_state, scatter_state
-from subspan.optim.tiling import on_host
+from subspan.state.host import on_host
 
 
 class Executor(Refreshing):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from subspan.linalg import DenseOperator
-from subspan.optim.tiling import Tile, on_host
+from subspan.optim.tiling import Tile
+from subspan.state.host import on_host
 
 
 class Projection(ABC):

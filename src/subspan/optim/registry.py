@@ -13,6 +13,7 @@ from subspan.optim.methods.frugal import FRUGAL
 from subspan.optim.methods.galore import GaLore
 from subspan.optim.methods.galore_8bit import GaLore8bit
 from subspan.optim.methods.golore import GoLore
+from subspan.optim.methods.q_apollo import QAPOLLO, QAPOLLOMini
 from subspan.optim.methods.q_galore import QGaLore
 from subspan.optim.optimizer import LowRankOptimizer, Params
 
@@ -29,6 +30,7 @@ class MethodInfo:
         summary: one line.
         size: group key that says how much is projected; None for a dense method.
         default_size: the paper's value of it for a model of usual size; None: about a quarter of the hidden size.
+        int8_group: elements that share a step, where the paper holds weights in int8; None: weights stay in float.
     """
 
     name: str
@@ -38,6 +40,7 @@ class MethodInfo:
     summary: str
     size: Literal["rank", "density"] | None = "rank"
     default_size: float | None = None
+    int8_group: int | None = None
 
 
 _METHODS = {
@@ -46,13 +49,21 @@ _METHODS = {
         MethodInfo("adamw", AdamW, "AdamW", "1711.05101", "full-rank baseline, through the same executor", size=None),
         MethodInfo("galore", GaLore, "GaLore", "2403.03507", "Adam in a low-rank subspace of the gradient"),
         MethodInfo("galore_8bit", GaLore8bit, "8-bit GaLore", "2403.03507", "GaLore with moments of 8 bits"),
-        MethodInfo("q_galore", QGaLore, "Q-GaLore", "2407.08296", "8-bit GaLore with 4-bit bases and lazy refreshes"),
+        MethodInfo(
+            "q_galore", QGaLore, "Q-GaLore", "2407.08296", "8-bit GaLore, int8 weights, 4-bit bases, lazy refreshes",
+            int8_group=256,
+        ),
         MethodInfo("golore", GoLore, "GoLore", "2410.11289", "GaLore with random subspaces, late or throughout"),
         MethodInfo("fira", Fira, "Fira", "2410.01623", "GaLore plus the scaled rest of the gradient"),
         MethodInfo("apollo", APOLLO, "APOLLO", "2412.05270", "the gradient scaled by channel from a random sketch"),
         MethodInfo(
             "apollo_mini", APOLLOMini, "APOLLO-Mini", "2412.05270", "the gradient scaled as a whole, at rank 1",
             default_size=1,
+        ),
+        MethodInfo("q_apollo", QAPOLLO, "Q-APOLLO", "2412.05270", "APOLLO with int8 weights", int8_group=128),
+        MethodInfo(
+            "q_apollo_mini", QAPOLLOMini, "Q-APOLLO-Mini", "2412.05270", "APOLLO-Mini with int8 weights",
+            default_size=1, int8_group=128,
         ),
         MethodInfo(
             "frugal", FRUGAL, "FRUGAL", "2411.07837", "Adam in a part of the space, sign descent in the rest",

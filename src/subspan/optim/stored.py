@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import defaultdict
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from subspan.optim import loading
 from subspan.optim.declared import DeclaredOptimizer
 from subspan.optim.method import State
+from subspan.state import Int8Weight
 
 
 class StoredOptimizer(DeclaredOptimizer):
@@ -31,6 +33,13 @@ class StoredOptimizer(DeclaredOptimizer):
     def _ensure_state(self, name: str, parameter: Tensor, group: dict[str, Any]) -> State:
         state = self.state[parameter]
         if not state:
+            if isinstance(parameter, Int8Weight) and group.get("rounding", "nearest") == "nearest":
+                warnings.warn(
+                    "weights that are held in int8 lose most steps when they are rounded to nearest; give the "
+                    "optimizer rounding='stochastic'",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
             for key, spec in self._stored_specs(name, parameter, group, {}).items():
                 state[key] = spec.allocate(parameter.device)
         self._bound[name] = parameter

@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from subspan.state.host import on_host
 
 # Elements of one tile. On a CPU a float32 tile of 1 MiB stays in the second-level cache; a device wants fewer launches.
 _CPU_TILE = 1 << 18
 _DEVICE_TILE = 1 << 22
-
-_accelerated: ContextVar[bool] = ContextVar("accelerated", default=False)
-
-
-def on_host(device: torch.device) -> bool:
-    """Whether operations on ``device`` are done when they return, so that reading a result waits for nothing."""
-    return device.type == "cpu" and not _accelerated.get()
-
-
-@contextlib.contextmanager
-def as_on_accelerator() -> Iterator[None]:
-    """Work on the CPU in the pieces that an accelerator would be given, to see what memory it would need."""
-    token = _accelerated.set(True)
-    try:
-        yield
-    finally:
-        _accelerated.reset(token)
 
 
 @dataclass(frozen=True)

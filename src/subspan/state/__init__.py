@@ -1,6 +1,7 @@
 """Declarations of optimizer state, and how it is held."""
 
 from subspan.state.codec import BFloat16, Blockwise, Codec, basis_codec, moment_codec
+from subspan.state.int8_weight import Int8Weight, held
 from subspan.state.rounding import random_bits, round_stochastically
 from subspan.state.spec import StateSpec, stored
 
@@ -8,8 +9,10 @@ __all__ = [
     "BFloat16",
     "Blockwise",
     "Codec",
+    "Int8Weight",
     "StateSpec",
     "basis_codec",
+    "held",
     "moment_codec",
     "random_bits",
     "round_stochastically",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from subspan.state.host import on_host
 from subspan.state.rounding import round_stochastically
 from subspan.state.spec import StateSpec
 
@@ -152,8 +153,8 @@ class Blockwise(Codec):
         }
 
     def _chunks(self, flat: Tensor) -> Iterator[tuple[int, int]]:
-        (count, size), on_cpu = flat.shape, flat.device.type == "cpu"
-        length = max(1, (_CPU_CHUNK if on_cpu else _DEVICE_CHUNK) // max(1, count) // self.block) * self.block
+        (count, size), chunk = flat.shape, _CPU_CHUNK if on_host(flat.device) else _DEVICE_CHUNK
+        length = max(1, chunk // max(1, count) // self.block) * self.block
         for start in range(0, size if count else 0, length):
             yield start, min(start + length, size)
 

@@ -65,6 +65,9 @@ class PretrainConfig:
         grad_accumulation: Forward passes in an optimizer step.
         seq_len: Tokens in a sequence.
         dtype: float32; bfloat16 (weights and gradients in bfloat16); or amp (float32 weights, bfloat16 arithmetic).
+        weight_storage: How the weights of the linear layers are held: float, as `dtype` says; or int8, rounded
+            stochastically by methods with ``--optimizer.rounding stochastic``. None: int8 for q_galore, q_apollo and
+            q_apollo_mini, else float.
         gradient: full; or fused: each gradient is taken in backward and freed. GaLore and GoLore then keep its
             projection only, and accumulate and clip that; the other methods update the weights in backward, which
             needs ``--max_grad_norm 0`` and no accumulation; or projected (GaLore, GoLore): linear layers compute the
@@ -108,6 +111,7 @@ class PretrainConfig:
     grad_accumulation: int = 1
     seq_len: int = 128
     dtype: Literal["float32", "bfloat16", "amp"] = "float32"
+    weight_storage: Literal["float", "int8"] | None = None
     gradient: Literal["full", "fused", "projected"] = "full"
     share_inputs: bool = False
     chunked_loss: bool = False
@@ -142,6 +146,7 @@ class PretrainConfig:
         self._demand("validation", 0 < self.validation < 1, "between 0 and 1")
         self._demand("schedule", self.schedule in ("cosine", "linear", "constant"), "cosine, linear or constant")
         self._demand("dtype", self.dtype in ("float32", "bfloat16", "amp"), "float32, bfloat16 or amp")
+        self._demand("weight_storage", self.weight_storage in (None, "float", "int8"), "float, int8 or null")
         self._demand("gradient", self.gradient in ("full", "fused", "projected"), "full, fused or projected")
         self._demand(
             "share_inputs",

@@ -9,20 +9,23 @@ from typing import Literal
 import torch
 from torch import nn
 
-from subspan.nn import project_gradients
+from subspan.nn import project_gradients, quantize_weights
 from subspan.optim import LowRankOptimizer, create_optimizer, method_info
 from subspan.train.config import PretrainConfig
 
-__all__ = ["build_optimizer", "check_optimizer", "check_settings", "projected_names", "resolve"]
+__all__ = ["build_optimizer", "check_optimizer", "check_settings", "hold_weights", "projected_names", "resolve"]
 
 #: What `build_optimizer` takes from settings of the run.
 _OWN_SETTINGS = frozenset(
     {"lr", "weight_decay", "seed", "rank", "target_modules", "exclude", "lr_scale", "other_lr_scale"}
 )
 
+#: Elements that share a step in int8 weights of methods that do not say.
+_INT8_GROUP = 256
+
 
 def resolve(config: PretrainConfig, hidden_size: int) -> PretrainConfig:
-    """Fill in the settings that depend on the method and the model: `lr`, `rank` and ``update_proj_gap``.
+    """Fill in what depends on the method and the model: `lr`, `rank`, `weight_storage` and ``update_proj_gap``.
 
     Args:
         config: settings of the run.
@@ -51,7 +54,22 @@ def resolve(config: PretrainConfig, hidden_size: int) -> PretrainConfig:
         own = defaults["update_proj_gap"].default
         optimizer.setdefault("update_proj_gap", min(own, max(1, config.steps // 10)))
     lr = defaults["lr"].default if config.lr is None else config.lr
-    return dataclasses.replace(config, rank=rank, lr=lr, optimizer=optimizer)
+    return dataclasses.replace(config, rank=rank, lr=lr, optimizer=optimizer, weight_storage=_storage(config))
+
+
+def _storage(config: PretrainConfig) -> Literal["float", "int8"]:
+    return config.weight_storage or ("float" if method_info(config.method).int8_group is None else "int8")
+
+
+def hold_weights(model: nn.Module, config: PretrainConfig) -> None:
+    """Hold the weights of a model that was built as the settings say; before its optimizer is built.
+
+    Raises:
+        ValueError: weights in int8, and no layer whose weight can be held so.
+    """
+    if _storage(config) == "int8":
+        group = method_info(config.method).int8_group or _INT8_GROUP
+        quantize_weights(model, config.target_modules, config.exclude, group_size=group)
 
 
 def check_settings(config: PretrainConfig) -> None:
@@ -65,6 +83,11 @@ def check_settings(config: PretrainConfig) -> None:
         resolve(config, 8), target_modules="all-linear", exclude=[], gradient=fused, share_inputs=False
     )
     optimizer = build_optimizer(nn.Linear(8, 8), settings)
+    if _storage(config) == "int8" and optimizer.param_groups[0]["rounding"] == "nearest":
+        raise ValueError(
+            f"weight_storage is 'int8', and the method {config.method!r} rounds to nearest, which loses most steps: "
+            "give --optimizer.rounding stochastic."
+        )
     if config.gradient != "full" and config.optimizer.get("refresh") == "now":
         raise ValueError(
             f"optimizer.refresh is 'now', but gradient {config.gradient!r} can only refresh late: leave refresh out."

@@ -17,7 +17,7 @@ from subspan.memory.training import trace_training
 from subspan.optim import create_optimizer, list_methods, method_info
 from subspan.optim.groups import unknown_setting
 from subspan.train.config import PretrainConfig
-from subspan.train.optimizer import build_optimizer, check_settings, resolve
+from subspan.train.optimizer import build_optimizer, check_settings, hold_weights, resolve
 from subspan.train.plan_settings import PlanSettings
 from subspan.train.presets import PRESETS, skeleton
 
@@ -91,6 +91,7 @@ def plan_recipe(settings: PlanSettings) -> Recipe:
             dtype=torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32,
         )
         parameters, text = model.num_parameters(), model.config.get_text_config()
+        hold_weights(model, config)
         prepare(model, settings.activation_checkpointing)
         if settings.method == "lora":
             model = _with_lora(model, settings, text.hidden_size)
@@ -216,7 +217,8 @@ def _beside(settings: PlanSettings, name: str) -> PlanSettings:
         gradient = "fused" if settings.grad_accumulation == 1 else "full"
     rank = settings.rank if name != "apollo_mini" and _takes_rank(name) else None
     share = settings.share_inputs and gradient == "projected"
-    return dataclasses.replace(settings, method=name, optimizer={}, gradient=gradient, share_inputs=share, rank=rank)
+    changes: dict[str, Any] = {"gradient": gradient, "share_inputs": share, "rank": rank}
+    return dataclasses.replace(settings, method=name, optimizer={}, weight_storage=None, **changes)
 
 
 def _with_lora(model: PreTrainedModel, settings: PlanSettings, width: int) -> nn.Module:

@@ -26,6 +26,8 @@ class PlanSettings:
         exclude: Names of modules that stay dense in spite of `target_modules`.
         vocab_size: Tokens in the vocabulary. None: the model's own.
         dtype: float32; bfloat16 (weights and gradients in bfloat16); or amp (float32 weights, bfloat16 arithmetic).
+        weight_storage: float or int8 for the weights of the linear layers. None: int8 for q_galore, q_apollo and
+            q_apollo_mini, else float.
         batch_size: Sequences in a forward pass.
         seq_len: Tokens in a sequence.
         grad_accumulation: Forward passes in an optimizer step.
@@ -49,6 +51,7 @@ class PlanSettings:
     exclude: list[str] = field(default_factory=list)
     vocab_size: int | None = None
     dtype: Literal["float32", "bfloat16", "amp"] = "float32"
+    weight_storage: Literal["float", "int8"] | None = None
     batch_size: int = 1
     seq_len: int = 256
     grad_accumulation: int = 1

@@ -19,7 +19,7 @@ from subspan.train.config import PretrainConfig, write_text
 from subspan.train.data import PackedDataset, StreamedDataset, TextData, load_data
 from subspan.train.loss import check_chunked_loss
 from subspan.train.measure import MeasureCallback, plan_run, show_peaks
-from subspan.train.optimizer import check_settings, resolve
+from subspan.train.optimizer import check_settings, hold_weights, resolve
 from subspan.train.presets import build_model, model_tokenizer
 from subspan.train.ranks import RanksCallback, mean_rank, plot_ranks
 from subspan.train.run_folder import RunFolder, open_run_folder
@@ -148,6 +148,7 @@ def load_run(config: PretrainConfig, console: Console) -> tuple[TextData, PreTra
             seed=config.seed,
             dtype=torch.bfloat16 if config.dtype == "bfloat16" else torch.float32,
         )
+    hold_weights(model, config)
     model.config.use_cache = False
     if config.chunked_loss:
         check_chunked_loss(model)

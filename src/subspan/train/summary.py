@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from subspan.memory import MemoryPlan, plan
 from subspan.optim import LowRankOptimizer
 from subspan.optim.table import alike
+from subspan.state import held
 from subspan.train.config import PretrainConfig
 from subspan.train.data import PackedDataset, TextData
 
@@ -82,7 +83,7 @@ def measured_bytes(model: nn.Module, gradients: int, state: dict[str, int]) -> M
         gradients: bytes seen before an optimizer step.
         state: allocated optimizer state by key.
     """
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [part for tensor in [*model.parameters(), *model.buffers()] for part in held(tensor)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return MemoryPlan(sum(storages.values()), gradients, state)
 

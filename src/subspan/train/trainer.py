@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from subspan.nn.quantised import STEPS
 from subspan.optim import LowRankOptimizer
 from subspan.train.config import PretrainConfig, write_text
 from subspan.train.data import StreamedDataset
@@ -30,6 +32,8 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 #: What the Trainer's own files do not hold; written last, so a checkpoint without it is not whole.
 PROGRESS_FILE = "progress.json"
 STAGING = ".incomplete"
+#: The steps of weights in int8, which the matrices in model.safetensors were multiplied by.
+STEPS_FILE = "int8_steps.safetensors"
 
 
 def peak_memory_bytes() -> int:
@@ -154,8 +158,19 @@ class PretrainTrainer(Trainer):
         """
         target = self.network if model is None else model
         dtype = next(target.parameters()).dtype
-        saved = build_model(str(resume_from_checkpoint), seq_len=self.config.seq_len, dtype=dtype)
-        target.load_state_dict(saved.state_dict())
+        saved = build_model(str(resume_from_checkpoint), seq_len=self.config.seq_len, dtype=dtype).state_dict()
+        steps = Path(resume_from_checkpoint) / STEPS_FILE
+        if self.config.weight_storage == "int8":
+            saved |= load_file(steps)
+        target.load_state_dict(saved)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Save the model as an ordinary one, and what turns its matrices back into int8 beside it."""
+        state_dict = dict(self.network.state_dict() if state_dict is None else state_dict)
+        steps = {name: state_dict.pop(name) for name in list(state_dict) if name.endswith(f".weight{STEPS}")}
+        super()._save(output_dir, state_dict)
+        if steps:
+            save_file(steps, Path(output_dir or str(self.args.output_dir)) / STEPS_FILE)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint into a folder that is never resumed from, and rename it when it is complete."""

@@ -16,11 +16,12 @@ from subspan.optim.transport import Keep
 
 
 class QGaLore(LowRankOptimizer):
-    """Q-GaLore: GaLore with bases of 4 bits, moments of 8 bits, and fewer refreshes where subspaces stay alike.
+    """Q-GaLore: GaLore with weights and moments of 8 bits, bases of 4, and fewer refreshes where subspaces stay alike.
 
     W <- (1 − lr·wd)·W − lr·scale·Q·Adam(QᵀG). The period of a matrix is multiplied by ``gamma_proj`` when
     ``queue_size`` refreshes in a row found a subspace whose overlap with the one before was at least
-    ``cos_threshold``. Weights stay in their dtype: the paper's 8-bit weights are not part of this optimizer.
+    ``cos_threshold``. The paper's weights of 8 bits are those of `subspan.nn.quantize_weights`, called first; other
+    weights are trained in their dtype.
 
     Args:
         params: a model (with ``rank=...``), groups from `param_groups`, or group dicts.
@@ -65,7 +66,7 @@ class QGaLore(LowRankOptimizer):
         moments: str = "8bit",
         basis_storage: str = "int4",
         min_quantized: int = 4096,
-        rounding: Literal["nearest", "stochastic"] = "nearest",
+        rounding: Literal["nearest", "stochastic"] = "stochastic",
         seed: int = 0,
         nonfinite: Literal["skip", "raise"] = "skip",
         **grouping: Any,

@@ -1,0 +1,267 @@
+"""Linear layers with weights of 8 bits: they compute and train as with the float matrices, and are saved as those."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from subspan.memory import plan
+from subspan.nn import project_gradients, quantize_weights
+from subspan.optim import QAPOLLO, GaLore, QAPOLLOMini, QGaLore, create_optimizer
+from subspan.state import Int8Weight
+
+
+def llama(dtype: torch.dtype = torch.float32, **settings: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, **settings
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def tokens(seed: int = 0) -> Tensor:
+    return torch.randint(0, 96, (2, 16), generator=torch.Generator().manual_seed(seed))
+
+
+def dense_copy(model: nn.Module) -> nn.Module:
+    """The same model with float matrices."""
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        W = getattr(module, "weight", None)
+        if isinstance(W, Int8Weight):
+            module.weight = nn.Parameter(W.detach().dense())
+    return twin
+
+
+def test_which_weights() -> None:
+    model = llama()
+    names = quantize_weights(model)
+    assert len(names) == 14 and all(".layers." in name for name in names)
+    kinds = {name for name, p in model.named_parameters() if isinstance(p, Int8Weight)}
+    assert kinds == set(names)
+    assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="no linear layer to hold in int8"):
+        quantize_weights(model)
+    some = llama()
+    assert quantize_weights(some, ["q_proj", "gate"], exclude=["layers.1"]) == [
+        "model.layers.0.self_attn.q_proj.weight",
+        "model.layers.0.mlp.gate_proj.weight",
+    ]
+    with pytest.raises(ValueError, match="selects no matrix"):
+        quantize_weights(llama(), ["qproj"])
+
+
+def test_small_and_indivisible_matrices_stay_in_float() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 62), nn.Linear(62, 97), nn.Linear(97, 67), nn.Linear(67, 64))
+    assert quantize_weights(model) == ["0.weight", "2.weight", "3.weight", "4.weight"]
+    assert model[3].weight.steps.shape == (67, 1)
+    assert quantize_weights(nn.Linear(62, 97), min_quantized=1) == ["weight"]
+    with pytest.raises(ValueError, match="group_size=40"):
+        quantize_weights(nn.Linear(97, 67), group_size=40)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", ["plain", "autocast", "checkpointing"])
+def test_outputs_and_gradients_are_those_of_the_float_matrices(dtype: torch.dtype, how: str) -> None:
+    model = llama(dtype)
+    quantize_weights(model)
+    twin = dense_copy(model)
+    found = []
+    for one in (model, twin):
+        if how == "checkpointing":
+            one.gradient_checkpointing_enable()
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            loss = one(input_ids=tokens(), labels=tokens()).loss
+        loss.backward()
+        found.append((loss.detach(), {name: p.grad for name, p in one.named_parameters()}))
+    (loss, gradients), (expected, others) = found
+    assert torch.equal(loss, expected)
+    assert all(torch.equal(gradients[name], others[name]) for name in others)
+    assert {g.dtype for g in gradients.values()} == {dtype}
+
+
+def test_conv1d() -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=96, n_positions=32, tie_word_embeddings=True)
+    model = GPT2LMHeadModel(config).eval()
+    assert len(quantize_weights(model)) == 4
+    twin = dense_copy(model)
+    for one in (model, twin):
+        one(input_ids=tokens(), labels=tokens()).loss.backward()
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+
+
+def test_no_float_matrix_is_kept_for_backward() -> None:
+    layer = nn.Linear(128, 64)
+    quantize_weights(layer)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        layer(torch.randn(2, 5, 128, requires_grad=True))
+    assert any(isinstance(tensor, Int8Weight) for tensor in kept)
+    assert all(tensor.shape != (128, 64) for tensor in kept if not isinstance(tensor, Int8Weight))
+
+
+def test_compiled() -> None:
+    layer = nn.Linear(128, 64)
+    quantize_weights(layer)
+    x = torch.randn(3, 128)
+    compiled = torch.compile(layer, backend="aot_eager")
+    optimizer = QAPOLLO(layer, rank=4, lr=1e-2)
+    for _ in range(2):
+        y = compiled(x)
+        torch.testing.assert_close(y, layer(x))
+        y.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_saved_as_an_ordinary_model_and_loaded_to_the_code(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = llama(dtype)
+    names = quantize_weights(model)
+    optimizer = QGaLore(model, rank=4, lr=1e-1)
+    for _ in range(2):
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    state = model.state_dict()
+    save_file(state, tmp_path / "model.safetensors")
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert {name for name in loaded if name.endswith("_steps")} == {f"{name}_steps" for name in names}
+    ordinary = llama(dtype)
+    ordinary.load_state_dict({name: value for name, value in loaded.items() if not name.endswith("_steps")})
+    assert torch.equal(ordinary(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+    other = llama(dtype)
+    quantize_weights(other)
+    other.load_state_dict(loaded)
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        if isinstance(p, Int8Weight) and isinstance(q, Int8Weight):
+            assert torch.equal(p.codes, q.codes) and torch.equal(p.steps, q.steps), name
+        else:
+            assert torch.equal(p, q)
+    without = {name: value for name, value in loaded.items() if not name.endswith("_steps")}
+    other.load_state_dict(without)  # rounded to nearest, from numbers that bfloat16 has rounded
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        if isinstance(p, Int8Weight) and isinstance(q, Int8Weight):
+            assert (p.dense() - q.dense()).abs().max() <= 1.1 * p.steps.max()
+
+
+def test_states_that_do_not_fit() -> None:
+    model, other = llama(), llama()
+    quantize_weights(model, group_size=64)
+    quantize_weights(other, group_size=32)
+    with pytest.raises(RuntimeError, match="quantise it with the group_size"):
+        other.load_state_dict(model.state_dict())
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        llama().load_state_dict(model.state_dict())
+    state = model.state_dict()
+    del state["model.layers.0.mlp.up_proj.weight"]
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict(state)
+
+
+def test_an_optimizer_keeps_the_weights_that_it_holds() -> None:
+    model = llama()
+    optimizer = QAPOLLOMini(model, lr=0.1)
+    quantize_weights(model)
+    layer = model.model.layers[0].mlp.up_proj
+    before = layer.weight.detach().clone()
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    optimizer.step()
+    assert not torch.equal(layer.weight.codes, before.codes)
+
+
+def test_rounding_to_nearest_is_warned_of() -> None:
+    model = llama()
+    quantize_weights(model)
+    with pytest.warns(RuntimeWarning, match="rounding='stochastic'"):
+        GaLore(model, rank=4).init_state()
+
+
+def test_called_too_late() -> None:
+    model = llama()
+    GaLore(model, rank=4).fuse_into_backward()
+    with pytest.raises(RuntimeError, match="before fuse_into_backward"):
+        quantize_weights(model)
+
+
+@pytest.mark.parametrize("method", ["q_galore", "q_apollo", "q_apollo_mini", "frugal", "fira", "adamw"])
+@pytest.mark.parametrize("gradient", ["full", "fused", "projected"])
+def test_training(method: str, gradient: str) -> None:
+    model = llama(torch.bfloat16)
+    quantize_weights(model)
+    settings: dict[str, Any] = {"density": 0.25} if method == "frugal" else {"rank": 4}
+    settings |= {"basis_storage": "float32"} if method == "q_galore" and gradient != "full" else {}
+    if method == "adamw":
+        settings = {}
+    rate = 3e-3 if method in ("adamw", "frugal", "fira") else 3e-2
+    optimizer = create_optimizer(method, model, lr=rate, rounding="stochastic", **settings)
+    if gradient == "fused":
+        optimizer.fuse_into_backward()
+    elif gradient == "projected":
+        if not optimizer.folds:
+            pytest.skip("needs the gradient itself")
+        project_gradients(model, optimizer)
+    planned = plan(model, optimizer)
+    losses = []
+    for step in range(30):
+        loss = model(input_ids=tokens(step % 2), labels=tokens(step % 2)).loss
+        loss.backward()
+        if step == 0:
+            assert planned.gradients == optimizer.gradient_bytes()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1.0
+    held = sum(p.codes.nbytes + p.steps.nbytes if isinstance(p, Int8Weight) else p.nbytes for p in model.parameters())
+    assert planned.weights == held + sum(buffer.nbytes for buffer in model.buffers())
+    assert planned.state == optimizer.state_bytes()
+
+
+def test_full_and_fused_are_equal_to_the_bit() -> None:
+    codes = []
+    for fused in (False, True):
+        model = llama(torch.bfloat16)
+        quantize_weights(model)
+        optimizer = QAPOLLO(model, rank=4, lr=1e-2)
+        if fused:
+            optimizer.fuse_into_backward()
+        for step in range(3):
+            model(input_ids=tokens(step), labels=tokens(step)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        codes.append(model.model.layers[1].mlp.down_proj.weight.codes)
+    assert torch.equal(*codes)
+
+
+@pytest.mark.parametrize(
+    ("operation", "what"),
+    [
+        (lambda W: W.add_(1), "change"),
+        (lambda W: W.view(-1), "view"),
+        (lambda W: W[0], "view"),
+        (lambda W: W.mul_(2), "change"),
+        (lambda W: nn.init.normal_(W), "change"),
+    ],
+)
+def test_what_would_be_lost_is_refused(operation: Any, what: str) -> None:
+    W = Int8Weight.of(torch.randn(16, 32))
+    with pytest.raises(TypeError, match=what):
+        operation(W)
+
+
+def test_torch_optimizers_are_refused() -> None:
+    layer = nn.Linear(128, 64, bias=False)
+    quantize_weights(layer)
+    layer(torch.randn(2, 128)).sum().backward()
+    for foreach in (False, True):
+        with pytest.raises(TypeError, match=r"subspan\.optim"):
+            torch.optim.AdamW(layer.parameters(), foreach=foreach).step()
