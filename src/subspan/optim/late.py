@@ -2,7 +2,8 @@
 
 R = QᵀG and the sketch Y = GΩ are linear in G, so both can be added up over micro-batches and the gradient thrown away.
 The sketch that one step leaves gives the basis from the next step on. There the basis is turned to the singular
-directions of R, before the moments see it. Until there is a sketch the basis is a random one.
+directions of R, before the moments see it; one that is held in fewer bytes has the directions of the sketch instead.
+Until there is a sketch the basis is a random one.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ class LowRankOptimizer(Executor):
         """Slots in which a layer leaves the projected gradient of the parameter ``name`` in place of its gradient.
 
         `subspan.nn.project_gradients` calls it. The slots are armed with the basis in force, and, where a refresh is
-        due, with the test matrix of its sketch, here, after every step, and when a state is loaded.
+        due, with the key of its test matrix, here, after every step, and when a state is loaded.
 
         Returns:
             The slots; None where the rank has reached the side, so that there is nothing to project.
