@@ -14,12 +14,12 @@ from subspan.memory import MemoryPlan, MemoryTrace, PeakPlan, simulated, trace_t
 from subspan.memory.plan import adamw_8bit_state_bytes, adamw_state_bytes
 from subspan.memory.simulate import materialise, rehearse_step
 from subspan.memory.trace import Timeline
-from subspan.nn import project_gradients
+from subspan.nn import project_gradients, quantize_weights
 from subspan.optim import create_optimizer
 
 RECIPES = [
     ("galore", "full"), ("galore", "fused"), ("galore", "projected"), ("golore", "projected"), ("fira", "full"),
-    ("fira", "fused"), ("apollo", "full"), ("adamw", "full"), ("q_galore", "projected"),
+    ("fira", "fused"), ("apollo", "full"), ("adamw", "full"), ("q_apollo_mini", "fused"), ("q_galore", "projected"),
     ("galore", "shared"),
 ]  # fmt: skip
 
@@ -42,10 +42,18 @@ def traced(method: str, gradient: str, dtype: torch.dtype, simulate: bool, accum
     if simulate:
         with torch.device("meta"):
             model = network().to(dtype)
+            hold(model, method)
         with simulated("cpu"):
             materialise(model)
             return steps(model, method, gradient, accumulation, rehearse=True)
-    return steps(network().to(dtype), method, gradient, accumulation, rehearse=False)
+    model = network().to(dtype)
+    hold(model, method)
+    return steps(model, method, gradient, accumulation, rehearse=False)
+
+
+def hold(model: nn.Module, method: str) -> None:
+    if method.startswith("q_"):
+        assert len(quantize_weights(model)) == 12
 
 
 def steps(model: nn.Module, method: str, gradient: str, accumulation: int, rehearse: bool) -> Timeline:

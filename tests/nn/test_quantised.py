@@ -265,3 +265,31 @@ def test_torch_optimizers_are_refused() -> None:
     for foreach in (False, True):
         with pytest.raises(TypeError, match=r"subspan\.optim"):
             torch.optim.AdamW(layer.parameters(), foreach=foreach).step()
+
+
+def test_moved_without_a_change_while_hooks_are_there() -> None:
+    """accelerate moves a model to where it is; torch would put another tensor into the parameter, without hooks."""
+    model = llama()
+    quantize_weights(model)
+    optimizer = QAPOLLOMini(model, lr=1e-2)
+    optimizer.fuse_into_backward()
+    W = model.model.layers[0].mlp.up_proj.weight
+    order = [name for name, _ in model.named_parameters()]
+    model.to("cpu").float()
+    assert model.model.layers[0].mlp.up_proj.weight is W
+    assert [name for name, _ in model.named_parameters()] == order
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert all(p.grad is None for p in model.parameters())
+    before = W.dense()
+    model._apply(lambda tensor: tensor * 2)
+    torch.testing.assert_close(W.dense(), 2 * before, atol=float(W.steps.max()), rtol=0)
+    with pytest.raises(RuntimeError, match="swap"):
+        model.to(torch.bfloat16)
+
+
+def test_every_quotient_survives_bfloat16() -> None:
+    """All codes times many steps, rounded to bfloat16 and back."""
+    codes = torch.arange(-127, 128, dtype=torch.int8)[:240].repeat(256, 1)
+    steps = (1 + torch.arange(256) / 128).mul(1e-3).bfloat16()[:, None]
+    W = Int8Weight(codes, steps, torch.bfloat16)
+    assert torch.equal(W.restored(W.dense(), steps).codes, codes)

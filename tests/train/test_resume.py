@@ -14,11 +14,12 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from subspan.train.config import PretrainConfig
 from subspan.train.pretrain import pretrain
-from subspan.train.trainer import PretrainTrainer
-from tests.train.micro import Killed, metrics, repeatable, run, settings, stop_after
+from subspan.train.trainer import STEPS_FILE, PretrainTrainer
+from tests.train.micro import Killed, metrics, repeatable, run, settings, stop_after, write_model
 
 
 def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
@@ -69,6 +70,41 @@ def test_a_killed_run_continues_bit_exactly(
     for index, tensors in expected["state"].items():
         for key, tensor in tensors.items():
             assert torch.equal(state["state"][index][key], tensor), (index, key)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "q_galore", "dtype": "bfloat16"},
+        {"method": "q_apollo_mini", "rank": None, "gradient": "fused", "max_grad_norm": 0.0},
+    ],
+    ids=["bf16", "updated in backward"],
+)
+def test_weights_in_int8_continue_bit_exactly_from_an_ordinary_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    settings(tmp_path)
+    write_model(tmp_path, hidden_size=64, intermediate_size=128)
+    run(tmp_path, output=str(tmp_path / "whole"), **changes)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        stop_after(patch, 7)
+        run(tmp_path, output=str(tmp_path / "cut"), **changes)
+    steps_file = tmp_path / "cut" / "checkpoint-4" / STEPS_FILE
+    steps_file.rename(tmp_path / "away")
+    with pytest.raises(FileNotFoundError, match=STEPS_FILE):
+        run(tmp_path, output=str(tmp_path / "cut"), resume="auto", **changes)
+    (tmp_path / "away").rename(steps_file)
+    run(tmp_path, output=str(tmp_path / "cut"), resume="auto", **changes)
+    assert_equal_runs(tmp_path / "whole", tmp_path / "cut", 12)
+    checkpoint = tmp_path / "whole" / "checkpoint-12"
+    model, report = AutoModelForCausalLM.from_pretrained(checkpoint, output_loading_info=True)
+    assert not any(report.values())
+    steps = load_file(checkpoint / STEPS_FILE)
+    up = "model.layers.0.mlp.up_proj.weight"
+    codes = model.state_dict()[up].double() / steps[f"{up}_steps"].double()
+    assert len(steps) == 14
+    assert (codes - codes.round()).abs().max() < 0.5 and codes.abs().max() > 100
+    assert (codes - codes.round()).abs().mean() < 0.1
 
 
 def test_killed_in_the_second_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from subspan.nn.quantised import Int8Conv1D, Int8Layer, Int8Linear, is_conv1d
 from subspan.optim import LowRankOptimizer
 from subspan.optim.names import canonical_name
 from subspan.optim.slots import GradientSlots, Reader
@@ -67,7 +68,7 @@ def project_gradients(model: nn.Module, optimizer: LowRankOptimizer, *, share_in
     converted = []
     for prefix, module in model.named_modules():
         name = canonical_name(f"{prefix}.weight" if prefix else "weight")
-        kind = _KINDS.get(type(module)) or (ProjectedConv1D if _is_conv1d(module) else None)
+        kind = _KINDS.get(type(module)) or (ProjectedConv1D if is_conv1d(module) else None)
         if kind is None or name not in projected or not module.weight.requires_grad:
             continue
         if module.weight is not projected[name]:
@@ -109,7 +110,7 @@ def _projects_input(layer: Any) -> bool:
     return bool(layer.gradient_slots.right) == isinstance(layer, ProjectedLinear)
 
 
-class ProjectedLinear(nn.Linear):
+class ProjectedLinear(Int8Layer, nn.Linear):
     """A linear layer that leaves QᵀG in slots of the optimizer; made by `project_gradients`."""
 
     gradient_slots: GradientSlots
@@ -121,11 +122,10 @@ class ProjectedLinear(nn.Linear):
         return _apply(input, self.weight, self.bias, self.gradient_slots, self.gradient_slots.right)
 
 
-class ProjectedConv1D(nn.Module):
+class ProjectedConv1D(Int8Layer):
     """Hugging Face's ``Conv1D``, a linear layer with the weight transposed, in the same way."""
 
     gradient_slots: GradientSlots
-    weight: Tensor
     bias: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
@@ -137,18 +137,13 @@ class ProjectedConv1D(nn.Module):
 
 
 _KINDS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: ProjectedLinear,
-    ProjectedLinear: ProjectedLinear,
-    ProjectedConv1D: ProjectedConv1D,
+    **dict.fromkeys((nn.Linear, Int8Linear, ProjectedLinear), ProjectedLinear),
+    **dict.fromkeys((Int8Conv1D, ProjectedConv1D), ProjectedConv1D),
 }
 
 
 def _projects(weight: Tensor, slots: GradientSlots) -> bool:
     return slots.active and weight.requires_grad and torch.is_grad_enabled()
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 
 def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, slots: GradientSlots, input_side: bool) -> Tensor:

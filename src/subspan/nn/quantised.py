@@ -13,7 +13,7 @@ from subspan.optim.names import canonical_name
 from subspan.state import Int8Weight
 from subspan.state.int8_weight import group_of
 
-__all__ = ["STEPS", "quantize_weights"]
+__all__ = ["STEPS", "Int8Conv1D", "Int8Linear", "quantize_weights"]
 
 #: Ending of the key in a ``state_dict`` under which the steps of a weight of 8 bits stand.
 STEPS = "_steps"
@@ -34,8 +34,8 @@ def quantize_weights(
     optimizer of subspan and ``rounding="stochastic"``, as `QGaLore`, `QAPOLLO` and `QAPOLLOMini` do by themselves:
     rounded to nearest, a step that is smaller than half a code would be lost.
 
-    Embeddings, heads, vectors, matrices with fewer than ``min_quantized`` elements, and those whose columns no number
-    from 16 to ``group_size`` divides, stay as they are.
+    Embeddings, heads, vectors, subclasses of ``nn.Linear``, matrices with fewer than ``min_quantized`` elements, and
+    those whose columns no number from 16 to ``group_size`` divides, stay as they are.
 
     ``model.state_dict()`` holds ordinary float matrices in the memory of the host, so that what is saved is a model
     like any other, and beside each its steps as ``NAME_steps``: loaded into a model that is quantised, the two give the
@@ -68,17 +68,15 @@ def quantize_weights(
     targets = {id(parameter) for _, parameter in groups[0]["params"]}
     names = []
     for prefix, module in model.named_modules():
-        W = getattr(module, "weight", None)
-        if not _is_linear(module) or id(W) not in targets or isinstance(W, Int8Weight):
+        W, kind = getattr(module, "weight", None), _kind(module)
+        if kind is None or W is None or not (id(W) in targets or isinstance(W, Int8Weight)):
             continue
-        assert isinstance(W, nn.Parameter)
-        if W.numel() < min_quantized or group_of(W.shape[1], group_size) is None:
-            continue
-        _quantize(W, f"{prefix}.weight" if prefix else "weight", group_size)
-        names.append(canonical_name(f"{prefix}.weight" if prefix else "weight"))
-    for module in model.modules():
-        if isinstance(getattr(module, "weight", None), Int8Weight):
-            _hook(module)
+        if not isinstance(W, Int8Weight):  # else it is tied to one before
+            if W.numel() < min_quantized or group_of(W.shape[1], group_size) is None:
+                continue
+            _quantize(W, f"{prefix}.weight" if prefix else "weight", group_size)
+            names.append(canonical_name(f"{prefix}.weight" if prefix else "weight"))
+        module.__class__ = kind
     if not names:
         raise ValueError(
             f"{type(model).__name__} has no linear layer to hold in int8: target_modules={target_modules!r}, "
@@ -88,9 +86,86 @@ def quantize_weights(
     return names
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """Whether a layer does nothing with its weight but multiply."""
-    return isinstance(module, nn.Linear) or type(module).__name__ in ("Conv1D", "ProjectedConv1D")
+class Int8Layer(nn.Module):
+    """What a layer has to do whose weight may be an `Int8Weight`; with another weight it does nothing of its own."""
+
+    weight: Tensor
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move the layer; where neither device nor dtype change, torch would put another tensor into the parameter."""
+        W = self.weight
+        if not isinstance(W, Int8Weight):
+            return super()._apply(fn, recurse)
+        with torch.no_grad():
+            moved = fn(W)
+            if (moved.dtype, moved.device) != (W.dtype, W.device):
+                return super()._apply(fn, recurse)
+            if moved is not W:
+                W.copy_(moved)
+        self._parameters["weight"] = None
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            self._parameters["weight"] = W  # type: ignore[assignment]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Save the float matrix and the steps, on the host."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        W = self.weight
+        if isinstance(W, Int8Weight):
+            steps = W.steps.cpu()
+            destination[f"{prefix}weight"] = Int8Weight(W.codes.cpu(), steps, W.dtype).dense()
+            destination[f"{prefix}weight{STEPS}"] = steps
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Turn a float matrix back into the codes that it was saved from."""
+        own, W = self.weight, state_dict.get(f"{prefix}weight")
+        if isinstance(own, Int8Weight):
+            steps = state_dict.pop(f"{prefix}weight{STEPS}", None)
+            # What has another shape torch refuses itself.
+            if isinstance(W, Tensor) and not isinstance(W, Int8Weight) and W.shape == own.shape:
+                try:
+                    state_dict[f"{prefix}weight"] = own.restored(W, steps)
+                except ValueError as error:
+                    error_msgs.append(f"{prefix}weight: {error}")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+class Int8Linear(Int8Layer, nn.Linear):
+    """A linear layer with a weight of 8 bits; made by `quantize_weights`."""
+
+
+class Int8Conv1D(Int8Layer):
+    """Hugging Face's ``Conv1D``, a linear layer with the weight transposed, in the same way."""
+
+    bias: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The product xW + b."""
+        return nn.functional.linear(input, self.weight.mT, self.bias)
+
+
+def _kind(module: nn.Module) -> type[nn.Module] | None:
+    """The class of a layer once its weight has 8 bits; None for layers that may do more than multiply by it."""
+    if type(module) in (nn.Linear, Int8Linear):
+        return Int8Linear
+    return Int8Conv1D if is_conv1d(module) or type(module) is Int8Conv1D else None
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a layer is Hugging Face's ``Conv1D``."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")
 
 
 def _quantize(W: nn.Parameter, name: str, group_size: int) -> None:
@@ -105,41 +180,3 @@ def _quantize(W: nn.Parameter, name: str, group_size: int) -> None:
             f"{name} cannot be held in int8 now, since something refers to it ({error}); call quantize_weights before "
             "fuse_into_backward, project_gradients and the first backward"
         ) from error
-
-
-def _hook(module: nn.Module) -> None:
-    if _save not in module._state_dict_hooks.values():
-        module.register_state_dict_post_hook(_save)
-        module.register_load_state_dict_pre_hook(_load)
-
-
-def _save(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-    """Put the float matrix and the steps into a state dict, on the host, in place of the weight."""
-    W = state_dict.get(f"{prefix}weight")
-    if isinstance(W, Int8Weight):
-        steps = W.steps.cpu()
-        state_dict[f"{prefix}weight"] = Int8Weight(W.codes.cpu(), steps, W.dtype).dense()
-        state_dict[f"{prefix}weight{STEPS}"] = steps
-
-
-def _load(
-    module: nn.Module,
-    state_dict: dict[str, Any],
-    prefix: str,
-    local_metadata: Any,
-    strict: bool,
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_msgs: list[str],
-) -> None:
-    """Turn a float matrix of a state dict back into the weight that it was saved from."""
-    W, own = state_dict.get(f"{prefix}weight"), module.weight
-    steps = state_dict.pop(f"{prefix}weight{STEPS}", None)
-    if not isinstance(W, Tensor) or not isinstance(own, Int8Weight) or W.shape != own.shape:
-        return  # torch says what is wrong
-    if isinstance(W, Int8Weight):
-        return
-    try:
-        state_dict[f"{prefix}weight"] = own.restored(W, steps)
-    except ValueError as error:
-        error_msgs.append(f"{prefix}weight: {error}")

@@ -196,7 +196,7 @@ def _is_linear(module: nn.Module, parameter: nn.Parameter) -> bool:
     """Whether ``parameter`` is the matrix of a linear layer or a stack of expert matrices."""
     if isinstance(module, (*_NEVER, *_CONVOLUTIONS)):
         return False
-    if isinstance(module, (nn.Linear, nn.MultiheadAttention)) or type(module).__name__ in ("Conv1D", "ProjectedConv1D"):
+    if isinstance(module, (nn.Linear, nn.MultiheadAttention)) or type(module).__name__.endswith("Conv1D"):
         # Of torch's attention these are the input projections; its biases for keys and values have three dimensions.
         return parameter.ndim == 2 and min(parameter.shape) > 1
     return parameter.ndim == 3 and min(parameter.shape) > 1

@@ -159,8 +159,10 @@ class PretrainTrainer(Trainer):
         target = self.network if model is None else model
         dtype = next(target.parameters()).dtype
         saved = build_model(str(resume_from_checkpoint), seq_len=self.config.seq_len, dtype=dtype).state_dict()
-        steps = Path(resume_from_checkpoint) / STEPS_FILE
         if self.config.weight_storage == "int8":
+            steps = Path(resume_from_checkpoint) / STEPS_FILE
+            if not steps.exists():
+                raise FileNotFoundError(f"{steps} is missing: without it the weights are not those of the run.")
             saved |= load_file(steps)
         target.load_state_dict(saved)
 
