@@ -175,6 +175,13 @@ class Transport(ABC):
 class Inner(ABC):
     """Which optimizer runs inside? An element-wise rule from a projected gradient to a direction of the same shape."""
 
+    #: True for a rule that is not element-wise: it needs whole rows of what it sees.
+    whole_rows: ClassVar[bool] = False
+
+    def at(self, ndim: int, group: Group) -> Inner:
+        """The rule of a dense parameter with ``ndim`` dimensions: itself, but for those that choose among others."""
+        return self
+
     @abstractmethod
     def specs(self, shape: tuple[int, ...], dtype: torch.dtype, group: Group) -> dict[str, StateSpec]:
         """Moments for a projected gradient of ``shape``."""
