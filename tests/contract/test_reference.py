@@ -98,6 +98,7 @@ def group(proj_type: str, **keys: Any) -> dict[str, Any]:
 
 def test_every_method_has_a_reference() -> None:
     known = {"adamw", "galore", "galore_8bit", "q_galore", "golore", "fira", "apollo", "apollo_mini", "frugal"}
+    known |= {"scale"}  # in test_scale.py
     assert set(list_methods()) == known
 
 

@@ -15,11 +15,11 @@ from subspan.memory.plan import adamw_8bit_state_bytes, adamw_state_bytes
 from subspan.memory.simulate import materialise, rehearse_step
 from subspan.memory.trace import Timeline
 from subspan.nn import project_gradients
-from subspan.optim import create_optimizer
+from subspan.optim import create_optimizer, method_info
 
 RECIPES = [
     ("galore", "full"), ("galore", "fused"), ("galore", "projected"), ("golore", "projected"), ("fira", "full"),
-    ("fira", "fused"), ("apollo", "full"), ("adamw", "full"),
+    ("fira", "fused"), ("apollo", "full"), ("adamw", "full"), ("scale", "full"), ("scale", "fused"),
 ]  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def traced(method: str, gradient: str, dtype: torch.dtype, simulate: bool, accum
 
 
 def steps(model: nn.Module, method: str, gradient: str, accumulation: int, rehearse: bool) -> Timeline:
-    optimizer = create_optimizer(method, model, **({} if method == "adamw" else {"rank": 32}))
+    optimizer = create_optimizer(method, model, **({"rank": 32} if method_info(method).size == "rank" else {}))
     if gradient == "fused":
         optimizer.fuse_into_backward()
     elif gradient == "projected":

@@ -64,8 +64,7 @@ class Normalised(Inner):
     def direction(self, R: Tensor, state: State, age: int, group: Group) -> Tensor:
         M = state["exp_avg"].lerp_(R, 1.0 - group["momentum"]) if group["momentum"] else R
         root = math.sqrt(R.shape[-1])
-        floor = group["eps"] if self.norm == "rms" else group["eps"] / root
         # In float64, in which the squares of all float32 numbers have their place.
         rms = torch.linalg.vector_norm(M, dim=-1, keepdim=True, dtype=torch.float64).div_(root)
-        U = M / rms.to(M.dtype).clamp_min(max(floor, torch.finfo(M.dtype).tiny))
+        U = M / rms.to(M.dtype).clamp_min(max(group["eps"], torch.finfo(M.dtype).tiny))
         return U if self.norm == "rms" else U.div_(root)
