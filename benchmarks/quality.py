@@ -36,7 +36,10 @@ import torch
 from record import RESULTS, environment, import_peer
 from torch import Tensor
 
-OURS = ("galore", "golore", "fira", "apollo", "apollo_mini", "frugal", "galore_projected", "galore_8bit", "q_galore")
+OURS = (
+    "galore", "golore", "fira", "apollo", "apollo_mini", "frugal", "galore_projected", "galore_8bit", "q_galore",
+    "scale",
+)  # fmt: skip
 CONTENDERS = ("adamw", "galore_torch", *OURS)
 #: What makes two runs comparable; `lr`, `ratio` and `contender` vary within it.
 COMMON = ("model", "steps", "batch_size", "seq_len", "rank", "gap", "precision", "warm_up", "final_lr")
@@ -93,6 +96,8 @@ def make_optimizer(
 
     from subspan.optim import create_optimizer, param_groups
 
+    if name == "scale":
+        return create_optimizer(name, model, lr=lr, lr_scale=ratio, weight_decay=0.0)
     settings: dict[str, Any] = {"rank": rank, "update_proj_gap": gap}
     if name == "apollo_mini":
         settings["rank"] = 1

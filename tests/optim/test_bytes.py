@@ -172,11 +172,9 @@ def largest_allocation(
         ("apollo_mini", {"rank": 1}, {"stagger": False}),
         ("galore_8bit", {"rank": 8}, {"stagger": False}),
         ("galore", {"rank": 8}, {"stagger": False, "moments": "4bit", "basis_storage": "int4"}),
-        *[
-            ("scale", {"outputs": outputs}, settings)
-            for outputs in ("rows", "columns")
-            for settings in ({}, {"momentum": 0.0}, {"moments": "8bit"}, {"rounding": "stochastic"})
-        ],
+        ("scale", {"outputs": "rows"}, {}),
+        ("scale", {"outputs": "columns", "momentum": 0.0}, {"rounding": "stochastic"}),
+        ("scale", {"outputs": "columns"}, {"moments": "8bit"}),
     ],
     ids=str,
 )
