@@ -11,7 +11,8 @@ from references.scale import SCALEReference
 from torch import nn
 
 from contract.cases import gradient, identical, parameters, set_gradients, train
-from subspan.optim import SCALE, AdamW, param_groups, tiling
+from subspan.optim import SCALE, AdamW, GaLore, param_groups, tiling
+from subspan.optim.inner import Normalised
 
 NUMBERS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95)}
 SHAPES = [(12, 20), (20, 12), (9,), (3, 10, 14), (8, 6, 3, 3)]
@@ -231,6 +232,18 @@ def test_a_group_without_outputs_is_adamw() -> None:
 def test_what_cannot_be_is_refused(keys: dict[str, Any], settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SCALE([{"params": [("w", nn.Parameter(torch.ones(4, 4)))], "outputs": "rows", **keys}], **settings)
+
+
+def test_targets_decide_on_the_learning_rate_alone() -> None:
+    optimizer = SCALE(Model(), target_modules=["up", "down"], exclude=["down"], lr=1e-2, lr_scale=0.5)
+    assert roles(optimizer) == roles(SCALE(Model()))
+    rates = {name: group["lr"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert {name for name, rate in rates.items() if rate == 5e-3} == {"up.weight"}
+
+
+def test_projections_do_not_keep_outputs() -> None:
+    with pytest.raises(ValueError, match="whole outputs"):
+        GaLore([{"params": [nn.Parameter(torch.ones(4, 4))], "rank": 2}], inner=Normalised())
 
 
 def test_experts_need_a_model() -> None:
