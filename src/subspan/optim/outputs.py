@@ -48,10 +48,7 @@ def step_rows(
         shape = (1, math.prod(whole.shape[:-1]), whole.shape[-1])
     else:
         shape = (math.prod(whole.shape[:-2]), *whole.shape[-2:])
-    weights = whole if whole.shape == shape[1:] else whole.view(shape)
-    gradients = gradient if gradient.shape == shape[1:] else gradient.view(shape)
-    for index in range(shape[0]):
-        w, g = (X if X.ndim == 2 else X[index] for X in (weights, gradients))
+    for index, (w, g) in enumerate(zip(whole.view(shape), gradient.view(shape), strict=True)):
         columns = shape[-1]
         blocks = [math.lcm(spec.codec.block, columns) // columns for spec in specs.values() if spec.codec is not None]
         for tile in row_tiles(w, max(blocks, default=1)):
