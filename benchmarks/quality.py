@@ -38,7 +38,7 @@ from torch import Tensor
 
 OURS = (
     "galore", "golore", "fira", "apollo", "apollo_mini", "frugal", "galore_projected", "galore_8bit", "q_galore",
-    "q_galore_int8", "q_apollo", "q_apollo_mini",
+    "q_galore_int8", "q_apollo", "q_apollo_mini", "scale",
 )  # fmt: skip
 CONTENDERS = ("adamw", "galore_torch", *OURS)
 #: What makes two runs comparable; `lr`, `ratio` and `contender` vary within it.
@@ -97,6 +97,8 @@ def make_optimizer(
     from subspan.nn import project_gradients, quantize_weights
     from subspan.optim import create_optimizer, param_groups
 
+    if name == "scale":
+        return create_optimizer(name, model, lr=lr, lr_scale=ratio, weight_decay=0.0)
     settings: dict[str, Any] = {"rank": rank, "update_proj_gap": gap}
     if name == "apollo_mini":
         settings["rank"] = 1

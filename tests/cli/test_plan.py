@@ -47,20 +47,21 @@ def test_json_adds_up(model: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_comparison_and_files(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "plan"
-    compare = "galore,adamw,adamw_torch,adamw_8bit,lora,fira"
+    compare = "galore,adamw,adamw_torch,adamw_8bit,lora,fira,scale"
     given = ["--model", model, "--rank", "8", "--seq_len", "16", "--dtype", "bfloat16", "--compare", compare]
     status, _, err = command("plan", *given, "--gradient", "projected", "--output", str(folder), capsys=capsys)
     assert status == 0, err
     result = json.loads((folder / "plan.json").read_text())
     others = {entry["method"]: entry for entry in result["compared"]}
-    assert list(others) == ["adamw", "adamw_torch", "adamw_8bit", "lora", "fira"]
+    assert list(others) == ["adamw", "adamw_torch", "adamw_8bit", "lora", "fira", "scale"]
     moments = {name: entry["bytes"]["moments"] for name, entry in others.items()}
     assert moments["adamw"] == 2 * moments["adamw_torch"], "float32 beside the dtype of the weights"
-    assert others["fira"]["gradient"] == "fused"
+    assert others["fira"]["gradient"] == others["scale"]["gradient"] == "fused"
+    assert moments["scale"] < moments["adamw_8bit"]
     assert others["lora"]["trainable"] < others["adamw"]["trainable"]
     with (folder / "plan.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 6
+    assert len(rows) == 7
     assert int(rows[0]["peak_bytes"]) == result["peak_bytes"]
     pytest.importorskip("matplotlib")
     assert (folder / "plan.png").read_bytes().startswith(b"\x89PNG")

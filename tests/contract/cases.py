@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from subspan.optim import create_optimizer, list_methods
+from subspan.optim import create_optimizer, list_methods, method_info
 
-# Keys that make a group of this method a projected one; methods that are not listed take a rank.
+# Keys that make a group of this method more than a dense one; methods that are not listed take a rank.
 GROUP_KEYS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "apollo_mini": {"rank": 1, "update_proj_gap": 4},
@@ -20,6 +20,7 @@ GROUP_KEYS: dict[str, dict[str, Any]] = {
     "galore_8bit": {"rank": 4, "update_proj_gap": 4, "min_quantized": 1},
     # Its period doubles at every refresh.
     "q_galore": {"rank": 4, "update_proj_gap": 4, "min_quantized": 1, "queue_size": 1, "cos_threshold": 0.0},
+    "scale": {"outputs": "rows"},
 }
 DEFAULT_GROUP_KEYS: dict[str, Any] = {"rank": 4, "update_proj_gap": 4}
 # A cap above the multiple of 8 to which ranks are rounded.
@@ -37,6 +38,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "fira": [{"official_code": True}, {"moments": "4bit", "basis_storage": "int8", "min_quantized": 1}],
     "apollo": [{"store_basis": False}, {"scale_front": True}],
     "frugal": [{"subspace": "rows"}, {"subspace": "svd"}, {"subspace": "stiefel"}],
+    "scale": [{"momentum": 0.0}, {"norm": "l2"}, {"moments": "8bit", "min_quantized": 1}],
 }
 
 
@@ -54,7 +56,12 @@ class Case:
 
     @property
     def projects(self) -> bool:
-        return self.method != "adamw"
+        return method_info(self.method).size is not None
+
+    @property
+    def transposed_keys(self) -> dict[str, Any]:
+        """Keys with which a group of transposed matrices is worked on alike."""
+        return {"outputs": "columns"} if self.method == "scale" else {}
 
     @property
     def finds_by_sketch(self) -> bool:

@@ -21,6 +21,7 @@ from subspan.optim import create_optimizer
 from subspan.optim.matrix import projects_right
 from subspan.state import Int8Weight, random_bits
 
+pytestmark = pytest.mark.filterwarnings("ignore:weights that are held in int8")
 GROUP = 20
 SHAPES = [(24, 40), (40, 20), (20, 20)]
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from contract.cases import LOW_RANK, Case, set_gradients
-from subspan.optim import GaLore, create_optimizer, list_methods, param_groups
+from subspan.optim import GaLore, create_optimizer, list_methods, method_info, param_groups
 
 transformers = pytest.importorskip("transformers")
 
@@ -225,9 +225,10 @@ def test_a_misspelt_setting_raises_at_the_latest_in_the_optimizer() -> None:
         GaLore(param_groups(llama(), rank=4, update_proj_gp=5), lr=0.01)
 
 
-@pytest.mark.parametrize("method", [name for name in list_methods() if name != "adamw"])
+@pytest.mark.parametrize("method", list_methods())
 def test_the_model_itself_is_accepted(method: str) -> None:
-    settings: dict[str, Any] = {"density": 0.25} if method == "frugal" else {"rank": 1}
+    sizes: dict[str | None, dict[str, Any]] = {"density": {"density": 0.25}, "rank": {"rank": 1}, None: {}}
+    settings = sizes[method_info(method).size]
     torch.manual_seed(0)
     model = llama()
     start = {name: p.detach().clone() for name, p in model.named_parameters()}

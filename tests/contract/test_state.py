@@ -273,17 +273,21 @@ def test_loading_a_damaged_state_is_an_error_that_changes_nothing(case: Case, da
     optimizer = case(case.groups(named))
     train(optimizer, named, 3)
     saved = saved_and_loaded(optimizer.state_dict())
-    state = next(entry for entry in saved["state"].values() if "exp_avg" in entry)
+    entries = saved["state"].values()
+    state = next((entry for entry in entries if "exp_avg" in entry), next(iter(entries)))
+    key = next(key for key in ("exp_avg_sq", "exp_avg", "step") if key in state)
+    if damage == "missing" and len(state) == 1:
+        pytest.skip("what is left is that of a parameter without a step")
     if damage == "shape":
-        state["exp_avg"] = torch.zeros(3, 3)
+        state[key] = torch.zeros(3, 3)
     elif damage == "dtype":
-        state["exp_avg"] = state["exp_avg"].to(torch.float16)
+        state[key] = state[key].to(torch.float16)
     elif damage == "missing":
-        del state["exp_avg_sq"]
+        del state[key]
     elif damage == "extra":
         state["surplus"] = torch.zeros(2)
     elif damage == "object":
-        state["exp_avg"] = "no tensor"
+        state[key] = "no tensor"
     else:
         saved["param_groups"] = saved["param_groups"] * 2
     resumed = clone(named)

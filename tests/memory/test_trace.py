@@ -15,12 +15,12 @@ from subspan.memory.plan import adamw_8bit_state_bytes, adamw_state_bytes
 from subspan.memory.simulate import materialise, rehearse_step
 from subspan.memory.trace import Timeline
 from subspan.nn import project_gradients, quantize_weights
-from subspan.optim import create_optimizer
+from subspan.optim import create_optimizer, method_info
 
 RECIPES = [
     ("galore", "full"), ("galore", "fused"), ("galore", "projected"), ("golore", "projected"), ("fira", "full"),
     ("fira", "fused"), ("apollo", "full"), ("adamw", "full"), ("q_apollo_mini", "fused"), ("q_galore", "projected"),
-    ("galore", "shared"),
+    ("galore", "shared"), ("scale", "full"), ("scale", "fused"),
 ]  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def hold(model: nn.Module, method: str) -> None:
 
 
 def steps(model: nn.Module, method: str, gradient: str, accumulation: int, rehearse: bool) -> Timeline:
-    optimizer = create_optimizer(method, model, **({} if method == "adamw" else {"rank": 32}))
+    optimizer = create_optimizer(method, model, **({"rank": 32} if method_info(method).size == "rank" else {}))
     if gradient == "fused":
         optimizer.fuse_into_backward()
     elif gradient in ("projected", "shared"):

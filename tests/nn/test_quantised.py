@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from subspan.memory import plan
 from subspan.nn import project_gradients, quantize_weights
-from subspan.optim import QAPOLLO, GaLore, QAPOLLOMini, QGaLore, create_optimizer
+from subspan.optim import QAPOLLO, SCALE, GaLore, QAPOLLOMini, QGaLore, create_optimizer
 from subspan.state import Int8Weight
 
 
@@ -193,16 +193,16 @@ def test_called_too_late() -> None:
         quantize_weights(model)
 
 
-@pytest.mark.parametrize("method", ["q_galore", "q_apollo", "q_apollo_mini", "frugal", "fira", "adamw"])
+@pytest.mark.parametrize("method", ["q_galore", "q_apollo", "q_apollo_mini", "frugal", "fira", "adamw", "scale"])
 @pytest.mark.parametrize("gradient", ["full", "fused", "projected"])
 def test_training(method: str, gradient: str) -> None:
     model = llama(torch.bfloat16)
     quantize_weights(model)
     settings: dict[str, Any] = {"density": 0.25} if method == "frugal" else {"rank": 4}
     settings |= {"basis_storage": "float32"} if method == "q_galore" and gradient != "full" else {}
-    if method == "adamw":
+    if method in ("adamw", "scale"):
         settings = {}
-    rate = 3e-3 if method in ("adamw", "frugal", "fira") else 3e-2
+    rate = 3e-3 if method in ("adamw", "frugal", "fira", "scale") else 3e-2
     optimizer = create_optimizer(method, model, lr=rate, rounding="stochastic", **settings)
     if gradient == "fused":
         optimizer.fuse_into_backward()
@@ -224,6 +224,21 @@ def test_training(method: str, gradient: str) -> None:
     held = sum(p.codes.nbytes + p.steps.nbytes if isinstance(p, Int8Weight) else p.nbytes for p in model.parameters())
     assert planned.weights == held + sum(buffer.nbytes for buffer in model.buffers())
     assert planned.state == optimizer.state_bytes()
+
+
+@pytest.mark.parametrize("moments", ["float32", "8bit"])
+def test_scale_with_outputs_in_columns(moments: str) -> None:
+    """Groups of codes run along outputs there, so that the matrix is rounded as one: the float step, then rounded."""
+    dense = nn.Parameter(torch.randn(96, 64, generator=torch.Generator().manual_seed(0)))
+    coded = nn.Parameter(Int8Weight.of(dense.detach(), 32))
+    plain = nn.Parameter(coded.detach().dense())
+    for p in (coded, plain):
+        p.grad = torch.randn(96, 64, generator=torch.Generator().manual_seed(1))
+        group = {"params": [("w", p)], "outputs": "columns", "moments": moments, "min_quantized": 1}
+        SCALE([group], lr=0.3, momentum=0.9).step()
+    apart = (coded.detach().dense() - plain.detach()).abs().unflatten(1, (2, 32)).amax(dim=-1)
+    assert (apart <= 0.51 * coded.steps.float()).all()
+    assert (plain - dense).abs().max() > 0.1
 
 
 def test_full_and_fused_are_equal_to_the_bit() -> None:

@@ -79,6 +79,14 @@ FORMULAS: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
         {},
         2 * blockwise(SHORT * LONG, 8, 256) + STEP,
     ),
+    "scale": ("scale", {"outputs": "rows", "momentum": 0.0}, {}, STEP),
+    "scale with a momentum": ("scale", {"outputs": "columns"}, {}, SHORT * LONG * FP32 + STEP),
+    "scale with a momentum in 4 bits": (
+        "scale",
+        {"outputs": "columns"},
+        {"moments": "4bit", "min_quantized": 1},
+        blockwise(SHORT * LONG, 4, 128) + STEP,
+    ),
     "too small for codecs": ("galore_8bit", {"rank": RANK}, {}, BASIS + MOMENTS + STEP + CLOCK),
     # rows are remembered by their int64 indices
     "frugal rows": ("frugal", {"density": 0.25}, {"subspace": "rows"}, 6 * 8 + MOMENTS + STEP + CLOCK + RESET),
@@ -164,6 +172,9 @@ def largest_allocation(
         ("apollo_mini", {"rank": 1}, {"stagger": False}),
         ("galore_8bit", {"rank": 8}, {"stagger": False}),
         ("galore", {"rank": 8}, {"stagger": False, "moments": "4bit", "basis_storage": "int4"}),
+        ("scale", {"outputs": "rows"}, {}),
+        ("scale", {"outputs": "columns", "momentum": 0.0}, {"rounding": "stochastic"}),
+        ("scale", {"outputs": "columns"}, {"moments": "8bit"}),
     ],
     ids=str,
 )

@@ -16,7 +16,7 @@ def trained(method: str, device: str, dtype: torch.dtype, steps: int = 12) -> tu
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(96, 256), nn.Linear(256, 96), nn.Linear(96, 96)).to(device, dtype)
     settings = {"rank": 16} if method_info(method).size == "rank" else {}
-    gap = {} if method == "adamw" else {"update_proj_gap": 5}
+    gap = {} if method_info(method).size is None else {"update_proj_gap": 5}
     optimizer = create_optimizer(method, model, lr=1e-2, weight_decay=0.1, **settings, **gap)
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from subspan.linalg import gaussian_sketch, random_stiefel, seeded_generator
-from subspan.optim import GaLore, create_optimizer, param_groups
+from subspan.optim import GaLore, create_optimizer, method_info, param_groups
 
 GAP = 4
 FOLDING: list[tuple[str, dict[str, Any]]] = [
@@ -38,6 +38,8 @@ IMMEDIATE: list[tuple[str, dict[str, Any]]] = [
     ("adamw", {}),
     ("fira", {"moments": "8bit", "basis_storage": "int8", "min_quantized": 1}),
     ("adamw", {"moments": "4bit", "min_quantized": 1}),
+    ("scale", {}),
+    ("scale", {"momentum": 0.0, "norm": "l2"}),
 ]
 
 
@@ -71,10 +73,14 @@ def build(method: str, settings: dict[str, Any], model: nn.Module, *, fused: boo
         keys["rank"] = 1
     if method == "frugal":
         keys = {"rank": None, "density": 0.4, "update_proj_gap": GAP}
-    if method == "adamw":
+    if method_info(method).size is None:
         keys = {}
     settings = {**settings, **more}
     groups: Any = param_groups(model, **keys) if keys else [{"params": list(model.named_parameters())}]
+    if method == "scale":
+        named = dict(model.named_parameters())
+        experts = {"params": [("experts", named.pop("experts"))], "outputs": "columns"}
+        groups = [{"params": list(named.items()), "outputs": "rows"}, experts]
     optimizer = create_optimizer(method, groups, lr=1e-2, weight_decay=0.1, **settings)
     if fused:
         optimizer.fuse_into_backward()

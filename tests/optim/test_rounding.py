@@ -17,6 +17,8 @@ RECIPES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("fira", {"rank": 8}, {"scale": 1.0}),
     ("apollo", {"rank": 8}, {}),
     ("frugal", {"density": 0.25}, {"subspace": "rows"}),
+    ("scale", {"outputs": "rows"}, {}),
+    ("scale", {"outputs": "columns", "momentum": 0.0}, {}),
 ]
 
 

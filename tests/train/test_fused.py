@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from subspan.optim import method_info
 from subspan.train.config import PretrainConfig
 from subspan.train.optimizer import check_settings
 from tests.train.micro import metrics, run
@@ -62,6 +63,7 @@ def test_accumulated_norms_are_said_to_be_those_of_projections(tmp_path: Path) -
         {"gradient": "projected", "share_inputs": True, "dtype": "bfloat16"},
         {"method": "fira", "max_grad_norm": 0.0},
         {"method": "adamw", "rank": None, "optimizer": {}, "max_grad_norm": 0.0},
+        {"method": "scale", "rank": None, "optimizer": {}, "max_grad_norm": 0.0},
     ],
     ids=str,
 )
@@ -77,9 +79,9 @@ def test_planned_gradients_are_those_that_are_measured(
     assert planned.gradients < 0.75 * full
 
 
-@pytest.mark.parametrize("method", ["fira", "apollo", "frugal", "adamw"])
+@pytest.mark.parametrize("method", ["fira", "apollo", "frugal", "adamw", "scale"])
 def test_updates_in_backward_cannot_be_clipped_or_accumulated(method: str) -> None:
-    rank = None if method in ("adamw", "frugal") else 4
+    rank = 4 if method_info(method).size == "rank" else None
     with pytest.raises(ValueError, match=r"max_grad_norm is 1\.0, but with gradient 'fused'"):
         check_settings(PretrainConfig(method=method, rank=rank, gradient="fused"))
     with pytest.raises(ValueError, match="grad_accumulation is 2, but with gradient 'fused'"):
@@ -92,10 +94,10 @@ def test_a_refresh_at_once_cannot_be_had() -> None:
         check_settings(PretrainConfig(gradient="projected", optimizer={"refresh": "now"}))
 
 
-@pytest.mark.parametrize("method", ["adamw", "fira"])
+@pytest.mark.parametrize("method", ["adamw", "fira", "scale"])
 def test_updates_in_backward_follow_the_schedule(tmp_path: Path, method: str) -> None:
     settings: dict[str, Any] = {"method": method, "max_grad_norm": 0.0}
-    if method == "adamw":
+    if method_info(method).size is None:
         settings |= {"rank": None, "optimizer": {}}
     for gradient in ("full", "fused"):
         run(tmp_path, output=str(tmp_path / gradient), gradient=gradient, **settings)

@@ -11,6 +11,7 @@ from subspan.optim.methods.galore_8bit import GaLore8bit
 from subspan.optim.methods.golore import GoLore
 from subspan.optim.methods.q_apollo import QAPOLLO, QAPOLLOMini
 from subspan.optim.methods.q_galore import QGaLore
+from subspan.optim.methods.scale import SCALE
 from subspan.optim.optimizer import LowRankOptimizer
 from subspan.optim.param_groups import param_groups
 from subspan.optim.registry import MethodInfo, create_optimizer, list_methods, method_info
@@ -19,6 +20,7 @@ __all__ = [
     "APOLLO",
     "FRUGAL",
     "QAPOLLO",
+    "SCALE",
     "SGD",
     "APOLLOMini",
     "Adam",

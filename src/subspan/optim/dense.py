@@ -9,6 +9,7 @@ from torch import Tensor
 
 from subspan.optim.apply import read, store_span
 from subspan.optim.method import Group, Inner, Method, State
+from subspan.optim.outputs import step_rows
 from subspan.optim.tiling import Tile, tiles
 from subspan.state import Int8Weight, StateSpec
 from subspan.state.host import on_host
@@ -30,7 +31,8 @@ def step_dense(method: Method, works: list[DenseWork], age: int, group: Group, *
     """W <- beta·W + alpha·U in place, U the inner rule's direction for the whole gradient.
 
     All tensors that a fused kernel can take go through one call; the others go through row tiles, computed in float32
-    and rounded once, and those with quantised moments through pieces of whole blocks.
+    and rounded once, and those with quantised moments through pieces of whole blocks. Rules that need whole rows have
+    tiles of them.
 
     Args:
         method: whose inner rule is stepped, and which knows how its moments are held.
@@ -41,12 +43,14 @@ def step_dense(method: Method, works: list[DenseWork], age: int, group: Group, *
         beta: decay factor.
         alpha: minus the learning rate.
     """
-    inner = method.inner
     fused: dict[tuple[torch.dtype, torch.device], list[DenseWork]] = {}
     for work in works:
         W, G, state, key = work
+        inner = method.inner.at(W.ndim, group)
         moments = method.dense_moments(tuple(W.shape), state_dtype(W), group)
-        if any(spec.codec is not None for spec in moments.values()):
+        if inner.whole_rows:
+            step_rows(inner, work, moments, age, group, dtype=state_dtype(W), beta=beta, alpha=alpha)
+        elif any(spec.codec is not None for spec in moments.values()):
             _step_coded(inner, work, moments, age, group, beta=beta, alpha=alpha)
         elif inner.fuses and _in_one_kernel(W, G):
             fused.setdefault((W.dtype, W.device), []).append(work)
@@ -55,7 +59,8 @@ def step_dense(method: Method, works: list[DenseWork], age: int, group: Group, *
             _step_tiles(inner, (W, G, own, key), age, group, beta=beta, alpha=alpha)
     for same in fused.values():
         Ws, Gs, states, _ = (list(column) for column in zip(*same, strict=True))
-        inner.step_fused(Ws, Gs, states, age, group, beta=beta, alpha=alpha)
+        # All that a group gives to a kernel takes one rule.
+        method.inner.at(Ws[0].ndim, group).step_fused(Ws, Gs, states, age, group, beta=beta, alpha=alpha)
 
 
 def _in_one_kernel(W: Tensor, G: Tensor) -> bool:

@@ -17,7 +17,11 @@ ALIASES = {"alpha": "scale", "projection_type": "proj_type"}
 # Keys that torch, its schedulers and users put into groups beside the settings of a method.
 BOOKKEEPING = frozenset({"params", "param_names", "initial_lr", "max_lr", "min_lr", "lr_scale", "name"})
 # Keys that decide the shape of the state: they must agree between a checkpoint and the optimizer that loads it.
-STRUCTURAL = ("rank", "density", "proj_type", "moments", "basis_storage", "min_quantized", "queue_size")
+STRUCTURAL = ("rank", "density", "proj_type", "outputs", "moments", "basis_storage", "min_quantized", "queue_size")
+
+
+#: Where the outputs of a layer are in its matrix.
+OUTPUTS = ("rows", "columns", None)
 
 
 def is_projected(group: Group) -> bool:
@@ -26,8 +30,9 @@ def is_projected(group: Group) -> bool:
 
 
 def keeps_whole_moments(group: Group, method: Method) -> bool:
-    """Whether ``moments`` of the optimizer do not count for this group: it holds embeddings, heads and vectors."""
-    return not is_projected(group) and (method.projects or group.get("name") == "others")
+    """Whether ``moments`` of the optimizer do not count: for embeddings, heads and vectors, and where none are kept."""
+    whole = method.projects or group.get("name") == "others" or group.get("momentum") == 0
+    return not is_projected(group) and whole
 
 
 def complete_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -91,6 +96,10 @@ def check_group(group: Group, method: Method) -> None:
         demand(_is_number(group["rtol"]) and 0.0 < group["rtol"] < 1.0, "rtol", "a number between 0 and 1")
     if group.get("warm_start"):
         _check_warm_start(group, method)
+    if "outputs" in group:
+        demand(group["outputs"] in OUTPUTS, "outputs", "'rows' or 'columns', or None where all takes Adam")
+        momentum = group["momentum"]
+        demand(_is_number(momentum) and 0.0 <= momentum < 1.0, "momentum", "a number in [0, 1); 0 keeps no state")
     _check_storage(group, method)
     betas = group.get("betas", (0.0, 0.0))
     pair = isinstance(betas, (tuple, list)) and len(betas) == 2

@@ -175,6 +175,13 @@ class Transport(ABC):
 class Inner(ABC):
     """Which optimizer runs inside? An element-wise rule from a projected gradient to a direction of the same shape."""
 
+    #: True for a rule that is not element-wise: it needs whole rows of what it sees.
+    whole_rows: ClassVar[bool] = False
+
+    def at(self, ndim: int, group: Group) -> Inner:
+        """The rule of a dense parameter with ``ndim`` dimensions: itself, but for those that choose among others."""
+        return self
+
     @abstractmethod
     def specs(self, shape: tuple[int, ...], dtype: torch.dtype, group: Group) -> dict[str, StateSpec]:
         """Moments for a projected gradient of ``shape``."""
@@ -287,6 +294,8 @@ class Method:
         parts = (self.subspace, self.refresh, self.transport, self.lift)
         if any(part is None for part in parts) and any(part is not None for part in parts):
             raise ValueError(f"{self.name}: give subspace, refresh, transport and lift together, or none of them")
+        if self.subspace is not None and self.inner.whole_rows:
+            raise ValueError(f"{self.name}: {self.inner} is a rule for whole outputs, which a projection does not keep")
         if self.subspace is not None and not self.subspace.orthonormal:
             assert self.transport is not None and self.lift is not None
             for part, needs in ((self.transport, self.transport.needs_bases), (self.lift, self.lift.needs_orthonormal)):

@@ -102,8 +102,8 @@ class LowRankOptimizer(Executor):
         as ever, and clipping through `clip_grad_norm_`. A basis found from the gradients of one step serves from the
         next one on (``refresh="late"`` gives the same numbers without fusion). Gradients of dense parameters stay.
 
-        Methods that need the gradient itself (Fira, APOLLO, FRUGAL, AdamW) update every parameter inside backward with
-        the learning rate of that moment; a second backward before `step` and clipping raise.
+        Methods that need the gradient itself (Fira, APOLLO, FRUGAL, SCALE, AdamW) update every parameter inside
+        backward with the learning rate of that moment; a second backward before `step` and clipping raise.
 
         Call it once, before the first backward and before a state is loaded (a checkpoint says which refresh it was
         written with). A copy of the optimizer refreshes late and is not fused; what was folded is not copied.

@@ -15,8 +15,8 @@ from subspan.optim.names import canonical_name
 #: Settings of `param_groups` that an optimizer built from a model hands on.
 GROUPING = frozenset({"rank", "density", "target_modules", "exclude", "lr_scale", "other_lr_scale", "other_moments"})
 
-_NEVER = (nn.Embedding, nn.EmbeddingBag, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
-_CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+NEVER = (nn.Embedding, nn.EmbeddingBag, nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
+CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 
 
 def param_groups(
@@ -70,7 +70,7 @@ def param_groups(
     others: list[tuple[str, nn.Parameter]] = []
     vectors: list[tuple[str, nn.Parameter]] = []
     # Every name of a tied weight is offered to the patterns, but the weight is taken once.
-    named = list(_owned(model))
+    named = list(owned(model))
     seen: set[nn.Parameter] = set()
     for name, module, parameter in named:
         excluded = unwanted is not None and unwanted.matches(name)
@@ -83,7 +83,7 @@ def param_groups(
         seen.add(parameter)
         entry = (canonical_name(name), parameter)
         if target and not excluded:
-            if parameter.ndim == 3 and isinstance(module, _CONVOLUTIONS):
+            if parameter.ndim == 3 and isinstance(module, CONVOLUTIONS):
                 raise ValueError(
                     f"{name}: the weight of a 1-D convolution cannot be projected, since three dimensions mean a stack "
                     "of matrices; put it into exclude"
@@ -156,7 +156,7 @@ class _Pattern:
                 raise ValueError(f"the pattern {pattern!r} selects no matrix of the model{hint}")
 
 
-def _owned(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
+def owned(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
     """Every parameter under each of its names, with the module that owns it."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -164,7 +164,12 @@ def _owned(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Parameter]]:
 
 
 def _heads_and_embeddings(model: nn.Module) -> set[torch.Tensor]:
-    """Weights of embeddings, of what is tied to them, and of output heads.
+    """Weights of embeddings, of what is tied to them, and of output heads."""
+    return {module.weight for module in _embeddings(model)} | output_heads(model)
+
+
+def output_heads(model: nn.Module) -> set[torch.Tensor]:
+    """Parameters of output heads.
 
     A Hugging Face model says what its head is: its output embeddings, and all that stands outside of its base model
     (classifiers, regression heads). Of a plain model, the last linear layer from the width of the largest embedding to
@@ -173,30 +178,38 @@ def _heads_and_embeddings(model: nn.Module) -> set[torch.Tensor]:
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
-    embeddings = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
-    weights: set[torch.Tensor] = {module.weight for module in embeddings}
+    heads: set[torch.Tensor] = set()
     base, get_head = getattr(model, "base_model", None), getattr(model, "get_output_embeddings", None)
     if isinstance(base, nn.Module) and callable(get_head):
         head = get_head()
         if getattr(head, "weight", None) is not None:
-            weights.add(head.weight)
+            heads.add(head.weight)
         if base is not model:
-            weights |= set(model.parameters()) - set(base.parameters())
-    elif embeddings:
+            heads |= set(model.parameters()) - set(base.parameters())
+    elif embeddings := _embeddings(model):
         table = max(embeddings, key=lambda module: module.num_embeddings)
         linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.in_features == table.embedding_dim]
         exact = [m for m in linear if m.out_features == table.num_embeddings]
         # Vocabularies are padded to multiples of at most 256. Of several candidates the last one is the head.
         padded = [m for m in linear if 0 <= m.out_features - table.num_embeddings < 256 and m.out_features % 8 == 0]
-        weights |= {module.weight for module in (exact or padded)[-1:]}
-    return weights
+        heads |= {module.weight for module in (exact or padded)[-1:]}
+    return heads
+
+
+def _embeddings(model: nn.Module) -> list[nn.Embedding | nn.EmbeddingBag]:
+    return [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
 
 
 def _is_linear(module: nn.Module, parameter: nn.Parameter) -> bool:
     """Whether ``parameter`` is the matrix of a linear layer or a stack of expert matrices."""
-    if isinstance(module, (*_NEVER, *_CONVOLUTIONS)):
+    if isinstance(module, (*NEVER, *CONVOLUTIONS)):
         return False
-    if isinstance(module, (nn.Linear, nn.MultiheadAttention)) or type(module).__name__.endswith("Conv1D"):
+    if isinstance(module, (nn.Linear, nn.MultiheadAttention)) or is_transposed(module):
         # Of torch's attention these are the input projections; its biases for keys and values have three dimensions.
         return parameter.ndim == 2 and min(parameter.shape) > 1
     return parameter.ndim == 3 and min(parameter.shape) > 1
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether this is Hugging Face's linear layer whose weight is (in, out)."""
+    return type(module).__name__ in ("Conv1D", "ProjectedConv1D", "Int8Conv1D")

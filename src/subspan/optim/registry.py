@@ -15,6 +15,7 @@ from subspan.optim.methods.galore_8bit import GaLore8bit
 from subspan.optim.methods.golore import GoLore
 from subspan.optim.methods.q_apollo import QAPOLLO, QAPOLLOMini
 from subspan.optim.methods.q_galore import QGaLore
+from subspan.optim.methods.scale import SCALE
 from subspan.optim.optimizer import LowRankOptimizer, Params
 
 
@@ -68,6 +69,10 @@ _METHODS = {
         MethodInfo(
             "frugal", FRUGAL, "FRUGAL", "2411.07837", "Adam in a part of the space, sign descent in the rest",
             size="density", default_size=0.25,
+        ),
+        MethodInfo(
+            "scale", SCALE, "SCALE", "2506.16659", "gradients normalised by output, no state but the head's momentum",
+            size=None,
         ),
     )
 }  # fmt: skip

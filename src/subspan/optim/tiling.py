@@ -12,6 +12,8 @@ from subspan.state.host import on_host
 # Elements of one tile. On a CPU a float32 tile of 1 MiB stays in the second-level cache; a device wants fewer launches.
 _CPU_TILE = 1 << 18
 _DEVICE_TILE = 1 << 22
+# Neighbours in memory that are worth being worked on together: a cache line of float32.
+_LINE = 16
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,20 @@ def tiles(X: Tensor) -> Iterator[Tile]:
     """Tiles that cover ``X`` (..., m, n), itself or a transposed view, each contiguous in memory for one matrix."""
     dim = -2 if X.stride(-1) == 1 else -1
     size = X.shape[dim]
-    budget = _CPU_TILE if on_host(X.device) else _DEVICE_TILE
-    length = max(1, budget * size // max(1, X.numel()))
+    length = max(1, _budget(X) * size // max(1, X.numel()))
     for start in range(0, size, length):
         yield Tile(dim, start, min(length, size - start))
+
+
+def row_tiles(X: Tensor, multiple: int = 1) -> Iterator[Tile]:
+    """Tiles of whole rows that cover ``X`` (m, n), however it lies in memory; each begins at a multiple of a number."""
+    rows, columns = X.shape
+    least = 1 if X.stride(-1) == 1 else _LINE
+    length = max(least, _budget(X) // max(1, columns))
+    length = max(multiple, length - length % multiple)
+    for start in range(0, rows, length):
+        yield Tile(-2, start, min(length, rows - start))
+
+
+def _budget(X: Tensor) -> int:
+    return _CPU_TILE if on_host(X.device) else _DEVICE_TILE
