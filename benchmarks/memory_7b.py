@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from record import RESULTS, environment, write_record
 
-#: Method, rank (None: the method's own) and what becomes of the gradients.
+_SMALL = {"other_moments": "8bit"}
+#: Method, rank (None: the method's own), how weights are held, and what becomes of the gradients.
 RECIPES: dict[str, dict[str, Any]] = {
     "adamw": {"method": "adamw", "gradient": "full"},
     "galore": {"method": "galore", "rank": 1024, "gradient": "full"},
@@ -31,11 +32,27 @@ RECIPES: dict[str, dict[str, Any]] = {
     "galore_8bit_256": {"method": "galore_8bit", "rank": 256, "gradient": "projected"},
     "apollo": {"method": "apollo", "rank": 256, "gradient": "fused"},
     "apollo_mini": {"method": "apollo_mini", "rank": 1, "gradient": "fused"},
-    "apollo_mini_8bit": {
-        "method": "apollo_mini",
-        "rank": 1,
+    "q_galore": {"method": "q_galore", "rank": 1024, "gradient": "projected"},
+    "q_galore_256": {"method": "q_galore", "rank": 256, "gradient": "projected", "optimizer": _SMALL},
+    "q_galore_256_accumulated": {
+        "method": "q_galore",
+        "rank": 256,
+        "gradient": "projected",
+        "optimizer": _SMALL,
+        "grad_accumulation": 8,
+    },
+    "scale_int8": {
+        "method": "scale",
         "gradient": "fused",
-        "optimizer": {"moments": "8bit", "store_basis": False},
+        "weight_storage": "int8",
+        "optimizer": {"moments": "bfloat16", "rounding": "stochastic"},
+    },
+    "q_apollo_mini": {"method": "q_apollo_mini", "gradient": "fused", "optimizer": _SMALL},
+    "q_apollo_mini_accumulated": {
+        "method": "q_apollo_mini",
+        "gradient": "full",
+        "optimizer": _SMALL,
+        "grad_accumulation": 8,
     },
 }
 
@@ -65,17 +82,18 @@ def measure(recipe: dict[str, Any], args: argparse.Namespace, seq_len: int) -> d
     """Peak bytes and tokens/s of some steps on the GPU."""
     from subspan.train.config import PretrainConfig
     from subspan.train.data import load_data
-    from subspan.train.optimizer import build_optimizer, resolve
+    from subspan.train.optimizer import build_optimizer, hold_weights, resolve
+    from subspan.train.plan import prepare
     from subspan.train.presets import build_model
 
     settings = {"optimizer": {}, **recipe}
     data = load_data(vocab_size=4096, seq_len=seq_len)
-    with torch.device("cuda"):
-        model = build_model(args.model, seq_len=seq_len, dtype=torch.bfloat16)
-    model.config.use_cache = False
-    if not args.keep_activations:
-        model.gradient_checkpointing_enable()
     config = PretrainConfig(model=args.model, dtype="bfloat16", max_grad_norm=0.0, seq_len=seq_len, **settings)
+    # On the host, where there is room for float weights before they are held in int8.
+    model = build_model(args.model, seq_len=seq_len, dtype=torch.bfloat16)
+    hold_weights(model, config)
+    model.cuda()
+    prepare(model, not args.keep_activations)
     optimizer = build_optimizer(model, resolve(config, model.config.hidden_size))
     torch.cuda.reset_peak_memory_stats()
     times = []
@@ -83,8 +101,9 @@ def measure(recipe: dict[str, Any], args: argparse.Namespace, seq_len: int) -> d
         batch = torch.as_tensor(data.train[step]["input_ids"]).unsqueeze(0).cuda()
         torch.cuda.synchronize()
         start = time.perf_counter()
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
+        for _ in range(config.grad_accumulation):
+            loss = model(input_ids=batch, labels=batch).loss
+            loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         torch.cuda.synchronize()
@@ -92,7 +111,7 @@ def measure(recipe: dict[str, Any], args: argparse.Namespace, seq_len: int) -> d
     return {
         "max_allocated": torch.cuda.max_memory_allocated(),
         "max_reserved": torch.cuda.max_memory_reserved(),
-        "tokens_per_second": seq_len / min(times[1:]),
+        "tokens_per_second": config.grad_accumulation * seq_len / min(times[1:]),
         "first_step_seconds": times[0],
         "loss": loss.item(),
     }
@@ -113,7 +132,7 @@ def main() -> None:
         print(json.dumps(measure(recipe_of(args.one, args.rank), args, args.seq_lens[0])))
         return
     rows = []
-    print(f"{'recipe':18} {'tokens':>6} {'planned GiB':>12} {'measured':>9} {'reserved':>9} {'tokens/s':>9}")
+    print(f"{'recipe':25} {'tokens':>6} {'planned GiB':>12} {'measured':>9} {'reserved':>9} {'tokens/s':>9}")
     for name in args.recipes:
         for seq_len in args.seq_lens:
             plan = planned(recipe_of(name, args.rank), args, seq_len)
@@ -129,7 +148,7 @@ def main() -> None:
             gib = [f"{row[key] / 2**30:.2f}" if key in row else "-" for key in ("max_allocated", "max_reserved")]
             speed = f"{row['tokens_per_second']:.0f}" if "tokens_per_second" in row else row.get("error", "-")
             print(
-                f"{name:18} {seq_len:6} {row['planned'] / 2**30:12.2f} {gib[0]:>9} {gib[1]:>9} {speed:>9}", flush=True
+                f"{name:25} {seq_len:6} {row['planned'] / 2**30:12.2f} {gib[0]:>9} {gib[1]:>9} {speed:>9}", flush=True
             )
     if args.output:
         settings = {key: value for key, value in vars(args).items() if key not in ("output", "one")}

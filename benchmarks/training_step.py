@@ -1,9 +1,10 @@
 """A whole training step (forward, backward, optimizer) with gradients that are whole, folded or never formed.
 
-A LLaMA of a few layers is trained on random tokens by torch's fused AdamW and by GaLore in its three modes, in one
-process, taking turns. A step in which every subspace is refreshed is measured apart; with a refresh every ``--gap``
-steps a step costs plain + (refresh - plain)/gap in the mean. Figures are medians of ratios to AdamW's step beside them.
-Bytes are those of the gradients of the projected matrices at the end of backward, and of the optimizer's state.
+A LLaMA of a few layers is trained on random tokens by torch's fused AdamW, by GaLore in its three modes, and by
+APOLLO-Mini that updates in backward, with float weights and with int8 ones, in one process, taking turns. A step in
+which every subspace is refreshed is measured apart; with a refresh every ``--gap`` steps a step costs
+plain + (refresh - plain)/gap in the mean. Figures are medians of ratios to AdamW's step beside them. Bytes are those of
+the gradients of the projected matrices at the end of backward, and of the optimizer's state.
 
 Example:
     OMP_NUM_THREADS=1 python benchmarks/training_step.py
@@ -22,8 +23,8 @@ import torch
 from record import RESULTS, environment, write_record
 from torch import Tensor, nn
 
-from subspan.nn import project_gradients
-from subspan.optim import GaLore, param_groups
+from subspan.nn import project_gradients, quantize_weights
+from subspan.optim import GaLore, create_optimizer, param_groups
 
 
 class Contender:
@@ -48,6 +49,12 @@ class Contender:
         self.device = args.device
         if name == "adamw":
             self.optimizer: Any = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+            return
+        if name in ("apollo_mini", "q_apollo_mini"):
+            if name == "q_apollo_mini":
+                quantize_weights(self.model, group_size=128)
+            self.optimizer = create_optimizer(name, self.model, lr=1e-4, update_proj_gap=10**9, stagger=False)
+            self.optimizer.fuse_into_backward()
             return
         groups = param_groups(self.model, rank=args.rank, update_proj_gap=10**9)
         late = {} if name == "full" else {"refresh": "late"}
@@ -94,7 +101,8 @@ class Contender:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    contenders = [Contender(name, args) for name in ("adamw", "full", "fused", "projected")]
+    names = ("adamw", "full", "fused", "projected", "apollo_mini", "q_apollo_mini")
+    contenders = [Contender(name, args) for name in names]
     generator = torch.Generator().manual_seed(args.seed)
     seconds: dict[tuple[str, str], list[float]] = {}
     held: dict[tuple[str, str], int] = {}
@@ -133,11 +141,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             ),
         }
     whole = result["adamw"]["gradient_bytes_of_matrices"]
-    print(f"\n{'':10} tokens/s of AdamW's  refresh step  gradients of the matrices  state")
+    print(f"\n{'':13} tokens/s of AdamW's  refresh step  gradients of the matrices  state")
     for name, row in result.items():
         share = row["gradient_bytes_of_matrices"] / whole
         print(
-            f"{name:10} {row['tokens_per_second_of_adamw']:18.3f} {row['refresh_step_of_adamw']:14.2f} {share:26.1%}"
+            f"{name:13} {row['tokens_per_second_of_adamw']:18.3f} {row['refresh_step_of_adamw']:14.2f} {share:26.1%}"
             f" {row['state_bytes'] / 1e6:6.1f} MB"
         )
     return result

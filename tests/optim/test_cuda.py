@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from subspan.nn import quantize_weights
 from subspan.optim import create_optimizer, list_methods, method_info
 
 pytestmark = pytest.mark.gpu
@@ -36,6 +37,27 @@ def test_a_cuda_device_trains_as_the_cpu(method: str, dtype: torch.dtype) -> Non
     tolerance = 1e-3 if dtype == torch.float32 else 5e-2
     for one, other in zip(on_cpu.parameters(), on_cuda.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("method", ["galore", "q_galore", "q_apollo", "q_apollo_mini"])
+def test_weights_in_int8_are_rounded_as_on_the_cpu(method: str) -> None:
+    """The random numbers are the same; sums in another order put a few elements on the other side of a bound."""
+    found = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(128, 256), nn.Linear(256, 128))
+        quantize_weights(model)
+        model.to(device)
+        optimizer = create_optimizer(method, model, rank=16, lr=1e-2, rounding="stochastic")
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(6):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(device)
+            optimizer.step()
+        found.append([layer.weight.detach().dense().cpu() for layer in model])
+    for one, other in zip(*found, strict=True):
+        assert ((one - other).abs() > 1e-4).float().mean() < 0.05
+        assert (one - other).abs().max() < 0.1 * one.abs().max()
 
 
 @pytest.mark.parametrize("method", list_methods())
