@@ -31,7 +31,7 @@ class Block(nn.Module):
         self.down_proj = nn.Linear(520, 256)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down_proj(nn.functional.gelu(self.gate_proj(x)) * self.up_proj(x))
+        return x + self.down_proj(nn.functional.gelu(self.gate_proj(x) + self.up_proj(x)))
 
 
 def network() -> nn.Module:
