@@ -28,7 +28,7 @@ class MemoryPlan:
 
     Args:
         weights: parameters and buffers, tied ones once.
-        gradients: as they exist at the end of the first backward pass: whole ones, or what was folded of them.
+        gradients: as they exist before the first step: whole ones, or what was folded of them.
         state: optimizer state by key (``exp_avg``, ``basis``, ...).
     """
 
@@ -55,12 +55,13 @@ class MemoryPlan:
         return math.ceil(self.total / capacity)
 
 
-def plan(model: nn.Module, optimizer: LowRankOptimizer) -> MemoryPlan:
+def plan(model: nn.Module, optimizer: LowRankOptimizer, micro_batches: int = 1) -> MemoryPlan:
     """Plan the memory that training ``model`` with ``optimizer`` holds, from shapes and declarations alone.
 
     Args:
         model: the model.
         optimizer: its optimizer; its state need not exist yet.
+        micro_batches: backward passes for each step.
 
     Example:
         >>> from subspan.optim import GaLore
@@ -71,7 +72,7 @@ def plan(model: nn.Module, optimizer: LowRankOptimizer) -> MemoryPlan:
     tensors = [*model.parameters(), *model.buffers()]
     return MemoryPlan(
         weights=sum(part.numel() * part.itemsize for tensor in tensors for part in held(tensor)),
-        gradients=optimizer.planned_gradient_bytes(),
+        gradients=optimizer.planned_gradient_bytes(micro_batches),
         state=optimizer.planned_state_bytes(),
     )
 

@@ -32,7 +32,8 @@ def project_gradients(model: nn.Module, optimizer: LowRankOptimizer, *, share_in
     ``nn.Linear`` and the ``Conv1D`` of Hugging Face whose weights ``optimizer`` projects become `ProjectedLinear` and
     `ProjectedConv1D`, in place: parameters, names and ``state_dict`` stay as they are. Other projected parameters
     (experts, convolutions, subclasses with a forward of their own) are folded as `fuse_into_backward` does, which this
-    calls. Without its optimizer, in a copy, and frozen, a layer is an ordinary one again.
+    calls. Without its optimizer, in a copy, and frozen, a layer is an ordinary one again. A second call changes nothing
+    but what was not converted or shared before.
 
     Accumulation, checkpointing, autocast and ``torch.compile`` work as ever (compile with ``stagger=False``: a refresh
     changes the graph of its layer). Clip with ``optimizer.clip_grad_norm_``: the norm is that of the projections.
@@ -42,12 +43,14 @@ def project_gradients(model: nn.Module, optimizer: LowRankOptimizer, *, share_in
         optimizer: GaLore, Q-GaLore or GoLore; their refreshes become late ones.
         share_inputs: layers beside each other that have the same input (by their names, `SAME_INPUT`), with the input
             side projected, share a basis, so that xQ is computed and kept once. They train as one wide layer would.
+            Layers of different groups, sides or dtypes do not share.
 
     Returns:
         Names of the weights whose gradients are not formed any more.
 
     Raises:
-        ValueError: a method that needs the gradients, another model, or no layer that can be converted.
+        ValueError: a method that needs the gradients, another model, no layer that can be converted, or none that can
+            share a basis.
         RuntimeError: more than one process, or another optimizer that takes the gradients.
 
     Example:
@@ -86,22 +89,31 @@ def project_gradients(model: nn.Module, optimizer: LowRankOptimizer, *, share_in
             "full rank: pass the model that the optimizer was built for, or a lower rank"
         )
     if share_inputs:
-        for names in _with_one_input(model, converted):
+        together = _with_one_input(model, optimizer, converted)
+        if not together:
+            raise ValueError(
+                f"share_inputs=True, but {type(model).__name__} has no layers beside each other that could share a "
+                f"basis: their names have to be those of SAME_INPUT ({', '.join(SAME_INPUT[0])}, ...), their input "
+                "sides projected (proj_type) and their group the same; leave share_inputs out"
+            )
+        for names in together:
             optimizer.share_basis(names)
     return converted
 
 
-def _with_one_input(model: nn.Module, converted: list[str]) -> list[list[str]]:
+def _with_one_input(model: nn.Module, optimizer: LowRankOptimizer, converted: list[str]) -> list[list[str]]:
     """Names of the weights that can share a basis: layers of `SAME_INPUT` whose input sides are projected alike."""
+    groups = {weight: number for number, group in enumerate(optimizer.param_groups) for weight in group["params"]}
     found = []
     for prefix, parent in model.named_modules():
         for together in SAME_INPUT:
-            alike: dict[tuple[int, ...], list[str]] = {}
+            alike: dict[tuple[Any, ...], list[str]] = {}
             for child in together:
                 layer: Any = getattr(parent, child, None)
                 name = canonical_name(f"{prefix}.{child}.weight".lstrip("."))
                 if name in converted and _projects_input(layer):
-                    alike.setdefault(tuple(layer.gradient_slots.reader.basis.shape), []).append(name)
+                    weight, shape = layer.weight, layer.gradient_slots.reader.basis.shape
+                    alike.setdefault((groups[weight], shape, weight.dtype, weight.device), []).append(name)
             found += [names for names in alike.values() if len(names) > 1]
     return found
 
@@ -163,22 +175,10 @@ def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, slots: GradientSlots,
 
 def _coordinates(x: Tensor, given: Tensor, slots: GradientSlots) -> Tensor:
     """The product xQ (b, r), the same tensor for all layers that share Q and are ``given`` the same input."""
-    parameter = given.is_leaf and given.requires_grad  # which lives on
-    if not slots.shared or torch.compiler.is_compiling() or parameter or given.is_inference():
+    if slots.shared is None or torch.compiler.is_compiling() or given.is_inference():
         with torch.no_grad():
             return x @ slots.basis.to(x.dtype)
-    first = slots.held[0]
-    now = (x.dtype, given._version, first._version)
-    known = getattr(given, _KNOWN, None)
-    if known is None or known[0] is not first or known[1] != now:
-        with torch.no_grad():
-            known = first, now, x @ slots.basis.to(x.dtype)
-        setattr(given, _KNOWN, known)  # it lives no longer than the input
-    return known[2]
-
-
-# Attribute of an input: the tensor that holds Q, what xQ was computed from, and xQ.
-_KNOWN = "_subspan_coordinates"
+    return slots.shared.take(given, x, slots)
 
 
 class _ProjectedProduct(torch.autograd.Function):

@@ -27,8 +27,6 @@ class Executor(Refreshing):
     """Steps parameters, together or one at a time, from their gradients or from what was folded of them."""
 
     nonfinite: Literal["skip", "raise"]
-    _warned: set[str]
-    _stepped: dict[str, Tensor]
     _fusion: BackwardFusion | None
 
     @torch.no_grad()
@@ -77,17 +75,17 @@ class Executor(Refreshing):
             self._raise_nonfinite(looked_at)
             bad = []
         else:
-            found = nonfinite_gradients(looked_at) + nonfinite_folded(self._folded)
+            found = dict.fromkeys(nonfinite_gradients(looked_at) + nonfinite_folded(self._folded))
+            for name in found:
+                self._skip(name)
             bad = list(dict.fromkeys(partner for name in found for partner in self._partners(name)))
-        for name in bad:
-            self._skip(name)
+            self.skipped_steps += len(bad) - len(found)  # those that share a basis with one of them
         good = [item for item in work if item.name not in bad]
         self._step_dense([item for item in good if item.geometry is None])
         tasks = [self._prepare(item) for item in good if item.geometry is not None]
         for bucket in buckets(task for task in tasks if task is not None):
             self._step_bucket(bucket)
-        for item in good:
-            self._refresh_late(item)
+        self._refresh_late(good)
         self._folded.clear()
         self._stepped.clear()
         self._arm_slots([item.name for item in good if item.name in self._slots])
@@ -128,6 +126,7 @@ class Executor(Refreshing):
             self._warned.add(name)
             warnings.warn(
                 f"{name}: the gradient holds NaN or Inf, or its projection is too large to be squared; this parameter "
+                f"{''.join(f'and {other} ' for other in self._partners(name) if other != name)}"
                 "and its state are left alone in this step (counted in skipped_steps; shown once for each parameter)",
                 RuntimeWarning,
                 stacklevel=5,

@@ -42,7 +42,7 @@ class Folded:
         squared_norm: ‖G‖²_F of the last gradient, 0-D float64; infinite or NaN where it cannot be squared.
         count: number of gradients.
         whole: False where G was never formed: ``squared_norm`` is then ‖R‖²_F.
-        factor: of R, where multiplying would round it; None is 1.
+        factor: of R and Y, where multiplying would round them; None is 1.
     """
 
     projected: Tensor
@@ -62,12 +62,20 @@ class Folded:
         R = widened(self.projected)
         return R if self.factor is None else R * self.factor
 
+    def whole_sketch(self) -> Tensor | None:
+        """Y in float32 (float64), in the same way."""
+        if self.sketch is None:
+            return None
+        Y = widened(self.sketch)
+        return Y if self.factor is None else Y * self.factor
+
     def add(self, other: Folded) -> None:
         """Add what another gradient left."""
         self.projected = self.gradient().add_(other.gradient())
+        Y, more = self.whole_sketch(), other.whole_sketch()
+        if Y is not None and more is not None:
+            self.sketch = Y.add_(more)
         self.factor = None
-        if self.sketch is not None and other.sketch is not None:
-            self.sketch = widened(self.sketch).add_(other.sketch)
         # NaN and infinity stay: what follows them is finite again, the sum is not.
         self.squared_norm = other.squared_norm + 0 * self.squared_norm
         self.count += other.count
@@ -81,9 +89,11 @@ class Folded:
         return square if self.factor is None else square * self.factor.double().square()
 
     def scale_(self, factor: Tensor) -> None:
-        """Multiply the gradient by a number; the range of the sketch does not depend on it."""
+        """Multiply the gradient by a number."""
         if self.projected.dtype.itemsize >= 4:
             self.projected *= factor
+            if self.sketch is not None:
+                self.sketch *= factor
         else:
             self.factor = factor if self.factor is None else self.factor * factor
         self.squared_norm = self.squared_norm * factor.double().square()
@@ -137,7 +147,7 @@ class WarmStart:
 
     The first columns of Ω are the first rows of M, the first moment, each with the length √n that a random column has
     in the mean. So these columns of the sketch have a power iteration behind them that cost nothing. A zero row of M,
-    as before the first step, leaves the random column.
+    as before the first step, leaves the random column. Where a basis is shared, a row is one of [M₁ M₂ …].
 
     Args:
         moment: declaration of M (..., r, n).
@@ -147,15 +157,21 @@ class WarmStart:
     moment: StateSpec
     share: float
 
-    def apply(self, Omega: Tensor, M: Tensor) -> Tensor:
-        """Ω (..., n, r) with the directions of the decoded M."""
-        count = int(self.share * Omega.shape[-1])
+    def lengths(self, moments: Sequence[Tensor]) -> Tensor:
+        """Lengths over √n of the leading rows of [M₁ M₂ …], (..., 1, count), from the decoded moments."""
+        count = int(self.share * moments[0].shape[-2])
+        columns = [M[..., :count, :].mT for M in moments]
+        largest = torch.stack([X.abs().amax(dim=-2, keepdim=True) for X in columns]).amax(dim=0)
+        divisor = torch.where(largest > 0, largest, 1.0)  # so that no square underflows
+        squares = [torch.linalg.vector_norm(X / divisor, dim=-2, keepdim=True).square() for X in columns]
+        return largest * (functools.reduce(torch.add, squares) / sum(X.shape[-2] for X in columns)).sqrt()
+
+    def apply(self, Omega: Tensor, M: Tensor, lengths: Tensor) -> Tensor:
+        """Ω (..., n, r) with the directions of the decoded M, whose rows have these `lengths`."""
+        count = lengths.shape[-1]
         columns, random = M[..., :count, :].mT, Omega[..., :count].to(M.dtype)
-        largest = columns.abs().amax(dim=-2, keepdim=True)
-        columns = columns / torch.where(largest > 0, largest, 1.0)  # so that no square underflows
-        lengths = torch.linalg.vector_norm(columns, dim=-2, keepdim=True)
-        known = columns * (math.sqrt(Omega.shape[-2]) / torch.where(largest > 0, lengths, 1.0))
-        return torch.cat([torch.where(largest > 0, known, random).to(Omega.dtype), Omega[..., count:]], dim=-1)
+        known = torch.where(lengths > 0, columns / torch.where(lengths > 0, lengths, 1.0), random)
+        return torch.cat([known.to(Omega.dtype), Omega[..., count:]], dim=-1)
 
 
 def warm_start(method: Method, geometry: Geometry, group: Group) -> tuple[str, WarmStart] | None:
@@ -228,3 +244,16 @@ def nonfinite_folded(folded: Mapping[str, Folded]) -> list[str]:
     device = next(iter(folded.values())).projected.device
     squares = torch.stack([item.squared_norm.to(device) for item in folded.values()])
     return [name for name, square in zip(folded, squares.tolist(), strict=True) if not math.isfinite(square)]
+
+
+def sketch_norms(folded: Mapping[str, Folded]) -> dict[str, float]:
+    """‖Y‖ of each sketch, as far as it can be squared: of a finite R the sketch may be infinite, in float16 above all.
+
+    All reach the host together.
+    """
+    sketches = {name: item.sketch for name, item in folded.items() if item.sketch is not None}
+    if not sketches:
+        return {}
+    device = next(iter(sketches.values())).device
+    norms = [torch.linalg.vector_norm(Y, dtype=widened(Y[..., :0, :]).dtype) for Y in sketches.values()]
+    return dict(zip(sketches, torch.stack([norm.to(device) for norm in norms]).tolist(), strict=True))

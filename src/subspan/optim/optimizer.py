@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from subspan.optim.executor import Executor
 from subspan.optim.fused import BackwardFusion
 from subspan.optim.groups import check_group, is_projected, unknown_setting
-from subspan.optim.late import Folded, warm_start
+from subspan.optim.late import Folded
 from subspan.optim.method import Method, Roster
 from subspan.optim.param_groups import GROUPING, param_groups
 from subspan.optim.screen import nonfinite_gradients
@@ -143,13 +143,21 @@ class LowRankOptimizer(Executor):
         """Slots in which a layer leaves the projected gradient of the parameter ``name`` in place of its gradient.
 
         `subspan.nn.project_gradients` calls it. The slots are armed with the basis in force, and, where a refresh is
-        due, with the key of its test matrix, here, after every step, and when a state is loaded.
+        due, with the key of its test matrix, here, after every step, and when a state is loaded. A second call returns
+        the same slots.
 
         Returns:
             The slots; None where the rank has reached the side, so that there is nothing to project.
 
         Raises:
             ValueError: no projected parameter of this name, or a method that needs the gradient itself.
+
+        Example:
+            >>> from subspan.optim import GaLore
+            >>> model = nn.Linear(64, 32)
+            >>> slots = GaLore(model, rank=4).attach_slots("weight")
+            >>> tuple(slots.projected.shape)
+            (4, 64)
         """
         if not self.folds:
             raise ValueError(
@@ -160,14 +168,18 @@ class LowRankOptimizer(Executor):
         if entry is None:
             raise ValueError(f"{name!r} is no projected parameter of this optimizer")
         _, parameter, group = entry
+        before = self._slots.get(name)
+        if before is not None and before.projected.device == parameter.device:
+            return before
         state = self._ensure_state(name, parameter, group)
         geometry = self._geometry(name, parameter, group, state)
         assert geometry is not None
         if not geometry.projected or geometry.batch:
             return None
-        basis, warm = self.method.subspace_specs(geometry, group)["basis"], warm_start(self.method, geometry, group)
-        slots = self._slots[name] = GradientSlots(geometry, basis, warm, self._right(parameter, group), parameter)
-        weakref.finalize(self, setattr, slots, "active", False)
+        basis = self.method.subspace_specs(geometry, group)["basis"]
+        slots = self._slots[name] = GradientSlots(geometry, basis, self._right(parameter, group), parameter)
+        slots.shared = None if before is None else before.shared
+        weakref.finalize(self, slots.retire)
         self._arm_slots([name])
         return slots
 
@@ -180,10 +192,13 @@ class LowRankOptimizer(Executor):
         """Whether `fuse_into_backward` folds gradients; else it updates inside backward."""
         return self.method.lift is not None and not self.method.lift.needs_gradient
 
-    def planned_gradient_bytes(self) -> int:
-        """Bytes of gradients at the end of the first backward pass, which needs the most: all sketches are due.
+    def planned_gradient_bytes(self, micro_batches: int = 1) -> int:
+        """Bytes of gradients before the first step, which needs the most: all sketches are due.
 
         Fused into backward, one whole gradient at a time comes on top while backward runs.
+
+        Args:
+            micro_batches: backward passes for each step; sums of projections are held in at least float32.
         """
         total = 0
         for name, parameter, group in self._everything():
@@ -196,7 +211,10 @@ class LowRankOptimizer(Executor):
             assert self.method.subspace is not None
             sketched = geometry.projected and self.method.subspace.at(0, group).sees == "sketch"
             columns = geometry.n + (geometry.m if sketched else 0)
-            held_as = parameter.dtype if name in self._slots else geometry.dtype
+            slots = self._slots.get(name)
+            held_as = geometry.dtype if slots is None else slots.projected.dtype
+            if micro_batches > 1:
+                held_as = torch.promote_types(held_as, torch.float32)
             total += math.prod(geometry.batch) * geometry.rank * columns * held_as.itemsize
         return total
 

@@ -49,7 +49,7 @@ class LazyGap(EveryGap):
     Args:
         official_code: as the official code has it: the cosine of the first directions in place of the overlap, its mean
             over the last ``queue_size`` refreshes, and no new count after a longer period, so that once it is longer it
-            grows with each refresh.
+            grows with each refresh. Not for late refreshes.
 
     Source: arXiv 2407.08296.
     """
@@ -59,6 +59,11 @@ class LazyGap(EveryGap):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_flag("official_code", self.official_code)
+        if self.official_code and self.late:
+            raise ValueError(
+                "official_code=True compares first directions at a refresh, and a late one knows them a step later; "
+                "leave official_code out, or keep the gradients (refresh='now', no fuse_into_backward)"
+            )
 
     def specs(self, group: Group) -> dict[str, StateSpec]:
         overlaps = StateSpec((group["queue_size"],), host=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,14 +21,14 @@ from subspan.optim.late import (
     fold,
     random_start,
     refresh_key,
+    sketch_norms,
     test_matrix,
     turn,
     warm_start,
-    widened,
 )
 from subspan.optim.matrix import oriented
 from subspan.optim.method import Found, Geometry, State
-from subspan.optim.slots import GradientSlots
+from subspan.optim.slots import GradientSlots, SharedProduct
 from subspan.optim.storage import close, gather_state, opened, rounded
 from subspan.optim.stored import StoredOptimizer
 from subspan.optim.transport import resized
@@ -39,6 +41,8 @@ class Refreshing(StoredOptimizer):
     _folded: dict[str, Folded]
     _slots: dict[str, GradientSlots]
     _sharing: dict[str, tuple[str, ...]]
+    _stepped: dict[str, Tensor]
+    _warned: set[str]
 
     def share_basis(self, names: Sequence[str]) -> None:
         """Let parameters with slots, whose layers have the same input, have one basis: that of their stacked gradients.
@@ -50,13 +54,26 @@ class Refreshing(StoredOptimizer):
         Raises:
             ValueError: fewer than two names, parameters without slots, another group, side or rank, or states that have
                 gone different ways.
+
+        Example:
+            >>> from subspan.nn import project_gradients
+            >>> from subspan.optim import GaLore
+            >>> layers = torch.nn.ModuleList([torch.nn.Linear(16, width, bias=False) for width in (16, 32)])
+            >>> optimizer = GaLore(layers, rank=4)
+            >>> names = project_gradients(layers, optimizer)
+            >>> optimizer.share_basis(names)
+            >>> first, second = (optimizer.state[layer.weight]["basis"] for layer in layers)
+            >>> torch.equal(first, second)
+            True
         """
+        if len(names) > 1 and all(self._sharing.get(name) == tuple(names) for name in names):
+            return
         if len(names) < 2 or any(name not in self._slots or name in self._sharing for name in names):
             raise ValueError(
                 f"{list(names)!r} is not allowed: a basis is shared by two parameters or more that have slots and "
                 "share with no others"
             )
-        found = {name: (parameter, group) for group in self.param_groups for name, parameter in self._named(group)}
+        found = self._entries()
         kinds = set()
         for parameter, group in (found[name] for name in names):
             matrix = oriented(parameter, right := self._right(parameter, group))
@@ -68,31 +85,37 @@ class Refreshing(StoredOptimizer):
             self._check_alike(names, states)
         else:
             first = states[names[0]][1]
-            for parameter, state in states.values():
-                for key in self._common_keys(parameter, state):
+            common = self._common_keys(names[0], *found[names[0]], first)
+            for _, state in states.values():
+                for key in common:
                     state[key].copy_(first[key])
         self._sharing |= dict.fromkeys(names, tuple(names))
+        product = SharedProduct(len(names))
         for name in names:
-            self._slots[name].shared = True
+            self._slots[name].shared = product
         self._arm_slots(names)
 
-    def _common_keys(self, parameter: Tensor, state: State) -> list[str]:
+    def _entries(self) -> dict[str, tuple[Tensor, dict[str, Any]]]:
+        return {name: (parameter, group) for group in self.param_groups for name, parameter in self._named(group)}
+
+    def _common_keys(self, name: str, parameter: Tensor, group: dict[str, Any], state: State) -> list[str]:
         """State keys of what parameters that share a basis have in common: all but the moments."""
-        group, name = next(
-            (group, name) for group in self.param_groups for name, other in self._named(group) if other is parameter
-        )
         specs = self._specs(name, parameter, group, state)
         return [held for key, spec in specs.items() if spec.moment is None for held in spec.stored(key)]
 
     def _check_alike(self, names: Sequence[str], states: Mapping[str, tuple[Tensor, State]]) -> None:
-        there = [states[name] for name in names if name in states]
-        for parameter, state in there:
-            common = self._common_keys(parameter, state)
-            if len(there) < len(names) or any(not torch.equal(state[key], there[0][1][key]) for key in common):
-                raise ValueError(
-                    f"{', '.join(names)}: their states have different bases or clocks, so they cannot share a basis; "
-                    "share before the first step, and load what a run wrote that shared the same ones"
-                )
+        there = [states[name][1] for name in names if name in states]
+        if not there:
+            return
+        alike = len(there) == len(names)
+        if alike:
+            common = self._common_keys(names[0], *self._entries()[names[0]], there[0])
+            alike = all(torch.equal(state[key], there[0][key]) for state in there for key in common)
+        if not alike:
+            raise ValueError(
+                f"{', '.join(names)}: their states have different bases or clocks, so they cannot share a basis; "
+                "share before the first step, and load what a run wrote that shared the same ones"
+            )
 
     def _check_loaded(self, loaded: Mapping[str, tuple[Tensor, State]]) -> None:
         for names in dict.fromkeys(self._sharing.values()):
@@ -158,21 +181,32 @@ class Refreshing(StoredOptimizer):
         geometry = self._geometry(name, parameter, group, state)
         assert geometry is not None
         before = self._folded.get(name)
-        if before is None and name not in self._slots:  # slots have been armed with it
-            self._begin(name, parameter, G, group)
-        sketched = self._sketches(state, geometry, group)
-        Omega = None
-        if sketched:
-            shape = (*geometry.batch, geometry.n, geometry.rank)
-            Omega = test_matrix(refresh_key(self.seed, name, int(state["refreshes"])), G, shape, geometry.dtype)
-            if (warm := warm_start(self.method, geometry, group)) is not None:
-                Omega = warm[1].apply(Omega, warm[1].moment.decode(warm[0], state))
+        if name in self._slots:
+            Omega = self._slots[name].draw(G)
+        else:
+            if before is None:
+                self._begin(name, parameter, G, group)
+            Omega = self._test_matrix(name, G, state, geometry, group)
         tensors = gather_state(self._held_subspace(geometry, group), [state])
         folded = fold(G, self.method.projection(tensors, geometry), Omega)
         if before is None:
             self._folded[name] = folded
         else:
             before.add(folded)
+
+    def _test_matrix(
+        self, name: str, G: Tensor, state: State, geometry: Geometry, group: dict[str, Any]
+    ) -> Tensor | None:
+        """Ω where a sketch is due."""
+        if not self._sketches(state, geometry, group):
+            return None
+        shape = (*geometry.batch, geometry.n, geometry.rank)
+        Omega = test_matrix(refresh_key(self.seed, name, int(state["refreshes"])), G, shape, geometry.dtype)
+        if (warm := warm_start(self.method, geometry, group)) is None:
+            return Omega
+        key, start = warm
+        M = start.moment.decode(key, state)
+        return start.apply(Omega, M, start.lengths([M]))
 
     def _begin(self, name: str, parameter: Tensor, matrix: Tensor, group: dict[str, Any]) -> None:
         """Before a step: a random basis where there is none yet, or a subspace that is found without a gradient.
@@ -230,11 +264,12 @@ class Refreshing(StoredOptimizer):
         """Arm slots for the next step; a subspace that needs no gradient is found now."""
         if not names:
             return
+        wanted = set(names)
         armed = [
             (name, parameter, group)
             for group in self.param_groups
             for name, parameter in self._named(group)
-            if name in names
+            if name in wanted
         ]
         for name, parameter, group in armed:
             self._ensure_state(name, parameter, group)
@@ -245,11 +280,30 @@ class Refreshing(StoredOptimizer):
             assert geometry is not None
             sketched = self._sketches(state, geometry, group)
             key = refresh_key(self.seed, name, int(state["refreshes"])) if sketched else None
+            warm = warm_start(self.method, geometry, group) if sketched else None
             # Of those that share a basis all read the one of the first, so that its product with an input is known.
             first = self._state(self._bound[self._partners(name)[0]])
-            self._slots[name].arm(first, state, key)
+            moments = None if warm is None else (*warm, warm[1].lengths(self._first_moments(name, group)))
+            self._slots[name].arm(first, state, key, moments)
+
+    def _first_moments(self, name: str, group: dict[str, Any]) -> list[Tensor]:
+        """Decoded first moments of the parameters that share a basis with ``name``."""
+        moments = []
+        for partner in self._partners(name):
+            state = self._state(self._bound[partner])
+            geometry = self._geometry(partner, self._bound[partner], group, state)
+            assert geometry is not None
+            warm = warm_start(self.method, geometry, group)
+            assert warm is not None
+            moments.append(warm[1].moment.decode(warm[0], state))
+        return moments
 
     def _loaded(self) -> None:
+        # What was folded belongs to the bases before.
+        self._folded.clear()
+        self._stepped.clear()
+        for slots in self._slots.values():
+            slots.clear()
         self._arm_slots(self._slots.keys())
 
     def _turn(self, work: Work, state: State, R: Tensor) -> Tensor:
@@ -263,20 +317,40 @@ class Refreshing(StoredOptimizer):
         state["turned"].fill_(1)
         return turned
 
-    def _refresh_late(self, work: Work) -> None:
-        """After a step: the subspace that the sketch of its gradients tells, for the next one."""
-        folded = self._folded.get(work.name)
-        if folded is None or folded.sketch is None:
-            return
+    def _refresh_late(self, works: Sequence[Work]) -> None:
+        """After a step: the subspaces that the sketches of its gradients tell, for the next one.
+
+        A sketch that tells none leaves its refresh due: one that overflowed where R did not, or one of no gradient.
+        """
+        norms = sketch_norms(self._folded)
+        for work in works:
+            if work.name not in norms:
+                continue
+            partners = self._partners(work.name)
+            overflowed = [name for name in partners if not math.isfinite(norms.get(name, 0.0))]
+            if work.name in overflowed:
+                self._warn(
+                    work.name,
+                    "the sketch for a new subspace overflows, so the one there is stays until one does not",
+                )
+            if not overflowed and any(norms.get(name) for name in partners):
+                self._refresh_from_sketch(work)
+
+    def _warn(self, name: str, what: str) -> None:
+        """Warn once of each kind for each parameter."""
+        if (message := f"{name}: {what}") not in self._warned:
+            self._warned.add(message)
+            warnings.warn(f"{message} (shown once for each parameter)", RuntimeWarning, stacklevel=6)
+
+    def _refresh_from_sketch(self, work: Work) -> None:
         method, state = self.method, self.state[work.parameter]
         assert method.refresh is not None and method.transport is not None
         step, first = int(state["step"]) - 1, int(state["refreshes"]) == 0
         specs = self._specs(work.name, work.parameter, work.group, state)
         tensors = opened(state, specs)
         old = {"basis": tensors["basis"].clone()}
-        partners = [self._folded[name].sketch for name in self._partners(work.name) if name in self._folded]
-        sketches = [widened(sketch) for sketch in partners if sketch is not None]
-        Y = functools.reduce(torch.add, sketches)
+        partners = [self._folded[name] for name in self._partners(work.name) if name in self._folded]
+        Y = functools.reduce(torch.add, [Y for folded in partners if (Y := folded.whole_sketch()) is not None])
         turned = basis_from_sketch(tensors, specs, Y, method.transport, step + 1)
         if not first:
             method.refresh.compare(tensors, old, tensors, work.group)

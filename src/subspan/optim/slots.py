@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,11 +32,12 @@ class Reader:
         return _decoded(self.basis, held[: len(self.basis.stored(""))])
 
     def draw(self, key: Tensor, held: Sequence[Tensor], like: Tensor, n: int) -> Tensor:
-        """Ω (n, r) in the dtype of ``like``; ``held`` ends with the tensors of the first moment, where it is used."""
+        """Ω (n, r) in the dtype of ``like``; ``held`` ends with the first moment and its lengths, where it is used."""
         Omega = test_matrix(key, like, (n, self.basis.shape[-1]), self.basis.dtype)
         if self.warm is None:
             return Omega
-        return self.warm.apply(Omega, _decoded(self.warm.moment, held[len(self.basis.stored("")) :]))
+        *moment, lengths = held[len(self.basis.stored("")) :]
+        return self.warm.apply(Omega, _decoded(self.warm.moment, moment), lengths)
 
 
 class GradientSlots:
@@ -47,39 +49,51 @@ class GradientSlots:
     Args:
         geometry: of the oriented gradient G (m, n).
         basis: how the basis Q (m, r) is held.
-        warm: the state key of a first moment and what it does to test matrices.
         right: whether the columns of the parameter are its projected side.
         like: the parameter.
 
     Attributes:
         reader: reads Q and Ω from ``held``.
-        held: tensors of the optimizer's state: those of Q and, while a refresh is due, of the first moment.
+        held: tensors of the optimizer's state: those of Q and, while a refresh is due, of the first moment, whose
+            lengths come last.
         key: of the test matrix Ω while a refresh is due, else None.
         projected: leaf (r, n) whose gradient is QᵀG.
         sketch: leaf (m, r) whose gradient is GΩ.
         R, Y: their sums.
-        shared: whether other layers have the same basis.
+        shared: xQ, where other layers have the same basis and input.
         active: False once the optimizer is gone, and in copies: the layer then forms its gradient.
     """
 
-    def __init__(
-        self, geometry: Geometry, basis: StateSpec, warm: tuple[str, WarmStart] | None, right: bool, like: Tensor
-    ) -> None:
-        self.reader = Reader(basis, None if warm is None else warm[1])
-        self._keys = tuple(basis.stored("basis"))
-        self._warm_keys = () if warm is None else tuple(warm[1].moment.stored(warm[0]))
-        self.right, self.active, self.shared = right, True, False
+    def __init__(self, geometry: Geometry, basis: StateSpec, right: bool, like: Tensor) -> None:
+        self.reader = Reader(basis, None)
+        self.right, self.active = right, True
+        self.shared: SharedProduct | None = None
         self.held: tuple[Tensor, ...] = ()
         self.key: Tensor | None = None
         self.R, self.Y = Sum(), Sum()
         self.projected = _leaf(geometry.rank, geometry.n, like, self.R)
         self.sketch = _leaf(geometry.m, geometry.rank, like, self.Y)
 
-    def arm(self, first: State, state: State, key: Tensor | None) -> None:
-        """Take over the basis that ``first`` holds, and what a refresh that is due needs: its key and ``state``."""
-        moment = () if key is None else self._warm_keys
-        self.held = (*(first[name] for name in self._keys), *(state[name] for name in moment))
-        self.key = key
+    def arm(
+        self, first: State, state: State, key: Tensor | None, warm: tuple[str, WarmStart, Tensor] | None = None
+    ) -> None:
+        """Take over the basis that ``first`` holds, and what a refresh that is due needs.
+
+        Args:
+            first: state of the parameter that decides on a basis which is shared.
+            state: of the parameter itself.
+            key: of the test matrix, while a refresh is due.
+            warm: the state key of a first moment, what it does to test matrices, and its lengths.
+        """
+        self.held, self.key = tuple(first[name] for name in self.reader.basis.stored("basis")), key
+        if warm is not None:
+            moment, start, lengths = warm
+            self.held += (*(state[name] for name in start.moment.stored(moment)), lengths)
+        used = None if warm is None else warm[1]
+        if key is not None and self.reader.warm != used:
+            self.reader = replace(self.reader, warm=used)  # compiled code is kept where nothing changes
+        if self.shared is not None:
+            self.shared.forget()
 
     @property
     def basis(self) -> Tensor:
@@ -89,8 +103,11 @@ class GradientSlots:
     @property
     def test_matrix(self) -> Tensor | None:
         """Ω (n, r), drawn anew, while a refresh is due."""
-        n = self.projected.shape[1]
-        return None if self.key is None else self.reader.draw(self.key, self.held, self.projected, n)
+        return self.draw(self.projected)
+
+    def draw(self, like: Tensor) -> Tensor | None:
+        """Ω in the dtype and on the device of ``like``."""
+        return None if self.key is None else self.reader.draw(self.key, self.held, like, self.projected.shape[1])
 
     def __deepcopy__(self, memo: Any) -> GradientSlots:
         """A copy that no optimizer looks into."""
@@ -116,6 +133,54 @@ class GradientSlots:
     def clear(self) -> None:
         """Forget what backward has left."""
         self.R.value = self.Y.value = None
+        if self.shared is not None:
+            self.shared.forget()
+
+    def retire(self) -> None:
+        """Let go of all that belongs to an optimizer which is gone; the layer forms its gradient from now on."""
+        self.clear()
+        self.active, self.held, self.key = False, (), None
+
+
+class SharedProduct:
+    """xQ of an input that several layers have in common, from the first that needs it until the last has it.
+
+    The input is referred to weakly and not marked, so that nothing outlives the pass: neither with an input that stays
+    in memory, nor in a region that is recomputed.
+
+    Args:
+        layers: how many layers share Q.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the product."""
+        self._input: weakref.ref[Tensor] | None = None
+        self._of: tuple[Any, ...] = ()
+        self._value: Tensor | None = None
+        self._taken: set[int] = set()
+
+    @torch.no_grad()
+    def take(self, given: Tensor, x: Tensor, slots: GradientSlots) -> Tensor:
+        """xQ for one of the layers; ``given`` is its input as it came, ``x`` the same in the dtype of the product."""
+        first = slots.held[0]
+        of = (id(first), first._version, given._version, x.dtype)
+        value = self._value
+        if value is None or self._input is None or self._input() is not given or self._of != of:
+            self.forget()
+            value = self._value = x @ slots.basis.to(x.dtype)
+            self._input, self._of = weakref.ref(given, self._is_gone), of
+        self._taken.add(id(slots))
+        if len(self._taken) == self._layers:
+            self.forget()
+        return value
+
+    def _is_gone(self, reference: weakref.ref[Tensor]) -> None:
+        if reference is self._input:
+            self.forget()
 
 
 class Sum:

@@ -18,11 +18,22 @@ def opened(state: State, specs: Mapping[str, StateSpec]) -> State:
 
 
 def close(state: State, specs: Mapping[str, StateSpec], tensors: State) -> None:
-    """Make ``state`` hold ``tensors``, all that ``specs`` declares and nothing else."""
+    """Make ``state`` hold ``tensors``, all that ``specs`` declares and nothing else.
+
+    Where shapes stay, its tensors do too: those who hold them (`GradientSlots`) would keep the old ones alive.
+    """
     held = {name: tensor for key, spec in specs.items() for name, tensor in spec.encode(key, tensors[key]).items()}
     for key in state.keys() - held.keys():
         del state[key]
-    state.update(held)
+    for name, tensor in held.items():
+        there = state.get(name)
+        alike = there is not None and (there.shape, there.dtype, there.device) == (
+            tensor.shape, tensor.dtype, tensor.device
+        )  # fmt: skip
+        if there is None or not alike:
+            state[name] = tensor
+        elif there is not tensor:
+            there.copy_(tensor)
 
 
 def rounded(spec: StateSpec, tensor: Tensor) -> Tensor:

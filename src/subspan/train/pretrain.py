@@ -76,7 +76,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> RunSu
 
     trainer = build_trainer(config, folder, data, model)
     trainer.create_optimizer()
-    planned = plan(model, trainer.low_rank_optimizer)
+    planned = plan(model, trainer.low_rank_optimizer, config.grad_accumulation)
     # Nothing is written before all that can be refused has been looked at.
     folder.write(config, data)
     metrics = MetricsFile(folder.metrics, folder.step)

@@ -118,7 +118,7 @@ def show_start(
     console.print()
     table = Table("planned memory", "bytes", box=None, pad_edge=False, header_style="bold")
     table.columns[1].justify = "right"
-    planned = plan(model, optimizer)
+    planned = plan(model, optimizer, config.grad_accumulation)
     for name, count in by_role(planned).items():
         table.add_row(name, f"{count:,}")
     table.add_row("in all, without activations", f"{planned.total:,}", style="bold")
