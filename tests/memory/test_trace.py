@@ -17,11 +17,13 @@ from subspan.memory.trace import Timeline
 from subspan.nn import project_gradients, quantize_weights
 from subspan.optim import create_optimizer, method_info
 
-RECIPES = [
+RECIPES: list[tuple[str, str]] = [
     ("galore", "full"), ("galore", "fused"), ("galore", "projected"), ("golore", "projected"), ("fira", "full"),
     ("fira", "fused"), ("apollo", "full"), ("adamw", "full"), ("q_apollo_mini", "fused"), ("q_galore", "projected"),
     ("galore", "shared"), ("scale", "full"), ("scale", "fused"),
+    ("coded and warm", "projected"), ("coded and warm", "shared"),
 ]  # fmt: skip
+CODED: dict[str, Any] = {"basis_storage": "int8", "moments": "bfloat16", "refresh": "late", "warm_start": 0.75}
 
 
 class Block(nn.Module):
@@ -57,7 +59,10 @@ def hold(model: nn.Module, method: str) -> None:
 
 
 def steps(model: nn.Module, method: str, gradient: str, accumulation: int, rehearse: bool) -> Timeline:
-    optimizer = create_optimizer(method, model, **({"rank": 32} if method_info(method).size == "rank" else {}))
+    coded = method == "coded and warm"
+    method = "galore" if coded else method
+    size = {"rank": 32} if method_info(method).size == "rank" else {}
+    optimizer = create_optimizer(method, model, **size, **(CODED if coded else {}))
     if gradient == "fused":
         optimizer.fuse_into_backward()
     elif gradient in ("projected", "shared"):
@@ -81,7 +86,8 @@ def test_simulated_training_needs_what_real_training_allocates(method: str, grad
     assert 0.98 * real.peak.total <= plan.peak.total <= 1.02 * real.peak.total + tile
     if method != "fira":
         assert plan.peak.phase.split()[-1] == real.peak.phase.split()[-1]
-    for category in ("weights", "gradients", "state:exp_avg", "logits"):
+    states = {category for category in real.most if category.startswith("state:")}
+    for category in {"weights", "gradients", "logits"} | states:
         assert plan.most.get(category) == real.most.get(category), category
 
 

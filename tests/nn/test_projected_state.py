@@ -52,9 +52,9 @@ def test_the_warm_start_of_a_checkpoint_reaches_the_slots(share: float) -> None:
     assert difference(continued(0.75), continued(share)) == 0
 
 
-@pytest.mark.parametrize("change", ["before forward", "between"])
-def test_a_changed_warm_start_is_the_same_one_in_the_layer_and_outside(change: str) -> None:
-    """Two test matrices in one sketch would give neither basis."""
+@pytest.mark.parametrize(("changed_at", "used"), [(2, 0.25), (3, 0.75)])
+def test_a_changed_warm_start_is_the_same_one_in_the_layer_and_outside(changed_at: int, used: float) -> None:
+    """It serves from the next step on. Two test matrices in one sketch would give neither basis."""
     bases = []
     for project in (True, False):
         model = Twice()
@@ -62,13 +62,13 @@ def test_a_changed_warm_start_is_the_same_one_in_the_layer_and_outside(change: s
         if project:
             project_gradients(model, optimizer)
         for step in range(4):
-            if step == (2 if change == "between" else 3):
-                optimizer.param_groups[0]["warm_start"] = 0.25 if change == "between" else 0.75
+            if step == changed_at:
+                optimizer.param_groups[0]["warm_start"] = 0.25 if project else used
             x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
             (model(x) - 1).square().mean().backward()
             if project and step == 3:
                 assert model.layer.gradient_slots.key is not None
-                assert model.layer.gradient_slots.reader.warm.share == optimizer.param_groups[0]["warm_start"]
+                assert model.layer.gradient_slots.reader.warm.share == used
             optimizer.step()
             optimizer.zero_grad()
         bases.append(optimizer.state[model.layer.weight]["basis"])

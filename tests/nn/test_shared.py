@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import warnings
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from subspan.linalg import gaussian_sketch, random_stiefel, seeded_generator
+from subspan.memory import MemoryTrace
 from subspan.nn import project_gradients
 from subspan.optim import GaLore, GoLore, QGaLore, param_groups
 
@@ -68,14 +71,15 @@ def difference(one: nn.Module, other: nn.Module) -> float:
     return max((a - b).abs().max().item() for a, b in pairs)
 
 
-@pytest.mark.parametrize("storage", ["float32", "int8"])
-def test_they_train_as_one_wide_layer(storage: str) -> None:
+@pytest.mark.parametrize(("storage", "warm"), [("float32", 0), ("int8", 0), ("float32", 3), ("int8", 2)])
+def test_they_train_as_one_wide_layer(storage: str, warm: int) -> None:
     """The reference is the loop of one matrix, given the stacked gradients and the stacked test matrices."""
     torch.manual_seed(0)
     layers = nn.ModuleDict({name: nn.Linear(12, width, bias=False) for name, width in OUT.items()})
     numbers: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.95)}
     group = {"params": list(layers.named_parameters()), "rank": 4, "update_proj_gap": GAP, "min_quantized": 1}
-    optimizer = GaLore([group], refresh="late", stagger=False, seed=5, basis_storage=storage, **numbers)
+    settings: dict[str, Any] = {"basis_storage": storage, "warm_start": warm / 4, **numbers}
+    optimizer = GaLore([group], refresh="late", stagger=False, seed=5, **settings)
     project_gradients(layers, optimizer, share_inputs=True)
     assert set(optimizer._sharing) == {f"{name}.weight" for name in OUT}
     drawn = iter(range(10**6))
@@ -90,16 +94,19 @@ def test_they_train_as_one_wide_layer(storage: str) -> None:
         start=lambda G, rank: random_stiefel(12, rank, generator=seeded_generator(5, "q_proj.weight", "start")),
         test=test,
         hold=None if storage == "float32" else lambda Q: quantised(Q, linear_levels(8), block=256),
+        warm=warm,
         rank=4,
         update_proj_gap=GAP,
         **numbers,
     )
     W = torch.cat([layers[name].weight for name in OUT]).detach().double()
     start = W.clone()
+    # Of unlike size, so that their parts of a direction are of unlike length.
+    scales = torch.cat([torch.full((n,), scale) for n, scale in zip(OUT.values(), (1.0, 0.1, 0.5), strict=True)])
     for step in range(4 * GAP):
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(40, 12, generator=generator) * torch.logspace(0, -2, 12)
-        C = torch.randn(40, sum(OUT.values()), generator=generator)
+        C = torch.randn(40, sum(OUT.values()), generator=generator) * scales
         W = reference.step(W, C.double().mT @ x.double())
         outputs = torch.cat([layers[name](x) for name in OUT], dim=-1)
         (outputs * C).sum().backward()
@@ -198,6 +205,75 @@ def test_a_product_is_known_for_one_input_and_one_basis_only() -> None:
         optimizer.step()
 
 
+def test_a_product_does_not_outlive_its_pass() -> None:
+    """Neither with batches that stay in memory, nor until backward where it is computed again, nor with the input."""
+    layer = Attention()
+    optimizer = build(layer, stagger=False)
+    train(layer, optimizer, range(1))
+    inputs = [torch.randn(512, 12) for _ in range(3)]
+    with MemoryTrace() as trace:
+        layer.q_proj(inputs[0])
+        layer.k_proj(inputs[0])
+        assert trace.allocated >= 4 * 512 * 4
+        optimizer.zero_grad()
+        weights = trace.allocated  # the storages of weights, which a trace counts once it has seen them
+        assert weights < 4 * 512 * 4
+        for x in inputs:
+            for name in OUT:
+                getattr(layer, name)(x)
+            assert not vars(x)
+        gc.collect()
+        weights += layer.v_proj.weight.untyped_storage().nbytes()
+        assert trace.allocated == weights
+        x = torch.zeros(512, 12)
+        layer.q_proj(x)
+        del x
+        gc.collect()
+        assert trace.allocated == weights
+        y = checkpoint(layer, inputs[0], use_reentrant=False)
+        gc.collect()
+        assert trace.allocated < weights + y.untyped_storage().nbytes() + 4096
+
+
+def test_layers_of_different_groups_do_not_share() -> None:
+    layer = Attention()
+    others = [f"{name}.weight" for name in (*OUT, "o_proj") if name != "q_proj"]
+    named = dict(layer.named_parameters())
+    groups = [
+        {"params": [("q_proj.weight", named["q_proj.weight"])], "rank": 4, "lr": 1e-3},
+        {"params": [(name, named[name]) for name in others], "rank": 4},
+        {"params": [("o_proj.bias", named["o_proj.bias"])]},
+    ]
+    optimizer = GaLore(groups)
+    assert len(project_gradients(layer, optimizer, share_inputs=True)) == 4
+    assert set(optimizer._sharing) == {"k_proj.weight", "v_proj.weight"}
+    train(layer, optimizer, range(2))
+
+
+def test_sharing_again_changes_nothing() -> None:
+    one, other = Model(), Model()
+    ours, reference = build(one), build(other)
+    for step, again in enumerate((True, False, True, False)):
+        train(one, ours, range(step, step + 1))
+        project_gradients(one, ours, share_inputs=again)
+        assert all(layer.q_proj.gradient_slots.shared is not None for layer in one.layers)
+    train(other, reference, range(4))
+    assert difference(one, other) == 0
+    model = Model()
+    optimizer = build(model, share=False)
+    project_gradients(model, optimizer, share_inputs=True)
+    train(model, optimizer, range(4))
+    assert difference(model, other) == 0
+
+
+@pytest.mark.parametrize("proj_type", ["left", "reverse_std"])
+def test_nothing_to_share_is_refused(proj_type: str) -> None:
+    layer = Attention()
+    optimizer = GaLore(param_groups(layer, rank=4, proj_type=proj_type))
+    with pytest.raises(ValueError, match="share_inputs=True, but Attention has no layers beside each other"):
+        project_gradients(layer, optimizer, share_inputs=True)
+
+
 def test_what_cannot_be_shared_is_refused() -> None:
     model = Model()
     optimizer = build(model, share=False)
@@ -226,8 +302,14 @@ def test_a_nan_skips_all_that_share_and_a_missing_gradient_is_refused() -> None:
     x = torch.randn(8, 12)
     q, k, v = layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)
     (q.sum() + k.sum() * float("nan") + v.sum()).backward()
-    with pytest.warns(RuntimeWarning, match="k_proj"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         optimizer.step()
+    said = [str(warning.message) for warning in caught if "the gradient holds NaN" in str(warning.message)]
+    assert len(said) == 1
+    assert said[0].startswith("k_proj.weight: the gradient holds NaN")
+    assert "and q_proj.weight and v_proj.weight" in said[0]
+    assert optimizer.skipped_steps == 3  # weights that were left alone
     assert all(torch.equal(getattr(layer, name).weight, before[f"{name}.weight"]) for name in OUT)
     (layer.q_proj(x).sum() + layer.v_proj(x).sum()).backward()
     with pytest.raises(RuntimeError, match="can only be stepped together"):
