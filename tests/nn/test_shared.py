@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from subspan.linalg import gaussian_sketch, random_stiefel, seeded_generator
 from subspan.memory import MemoryTrace
 from subspan.nn import project_gradients
-from subspan.optim import GaLore, GoLore, QGaLore, param_groups
+from subspan.optim import GaLore, GoLore, QGaLore, late, param_groups, refreshing
 
 GAP = 4
 OUT = {"q_proj": 24, "k_proj": 16, "v_proj": 12}
@@ -233,6 +233,27 @@ def test_a_product_does_not_outlive_its_pass() -> None:
         y = checkpoint(layer, inputs[0], use_reentrant=False)
         gc.collect()
         assert trace.allocated < weights + y.untyped_storage().nbytes() + 4096
+
+
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+def test_a_basis_is_found_once_for_all(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = {"orthonormalize": 0, "turned": 0}
+
+    def counted(module: Any, name: str) -> None:
+        found = getattr(module, name)
+
+        def count(*args: Any) -> Any:
+            counts[name] += 1
+            return found(*args)
+
+        monkeypatch.setattr(module, name, count)
+
+    layer = Attention()
+    optimizer = build(layer, stagger=False, basis_storage=storage)
+    counted(late, "orthonormalize")
+    counted(late if storage == "int8" else refreshing, "turned")
+    train(layer, optimizer, range(2))
+    assert counts == {"orthonormalize": 2, "turned": 2}  # of q, k and v together, and of o
 
 
 def test_layers_of_different_groups_do_not_share() -> None:

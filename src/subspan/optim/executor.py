@@ -175,12 +175,13 @@ class Executor(Refreshing):
     def _prepare_folded(self, work: Work, state: State, step: int, right: bool) -> Task | None:
         """Step a parameter whose projected gradient is there, or return what is to be done."""
         assert work.geometry is not None and self.method.transport is not None
-        R = self._folded[work.name].gradient()
+        folded = self._folded[work.name]
         if "turned" in state and not int(state["turned"]):
-            R = self._turn(work, state, R)
+            self._turn(work.name, work.group)
+        R, folded.turn = folded.gradient(), None
         age = self.method.transport.age(state, step + 1)
         task = Task(work.name, work.parameter, work.gradient, work.group, work.geometry, right, age, state, R)
-        if R is self._folded[work.name].projected:
+        if R is folded.projected:
             return task
         # At once, so that the copies of all matrices are not held together.
         self._step_bucket([task])

@@ -25,7 +25,7 @@ from subspan.linalg import (
     seeded_generator,
 )
 from subspan.linalg.scaling import inverse_scale
-from subspan.optim.method import Geometry, Group, Method, State, Transport
+from subspan.optim.method import Geometry, Group, Method, State
 from subspan.optim.projection import Projection
 from subspan.optim.storage import gather_state, rounded, scatter_state
 from subspan.state import StateSpec
@@ -43,6 +43,7 @@ class Folded:
         count: number of gradients.
         whole: False where G was never formed: ``squared_norm`` is then ‖R‖²_F.
         factor: of R and Y, where multiplying would round them; None is 1.
+        turn: X (r, r), where R is to count as XᵀR.
     """
 
     projected: Tensor
@@ -51,6 +52,7 @@ class Folded:
     count: int = 1
     whole: bool = True
     factor: Tensor | None = None
+    turn: Tensor | None = None
 
     @property
     def norm_is_known(self) -> bool:
@@ -60,7 +62,8 @@ class Folded:
     def gradient(self) -> Tensor:
         """R in float32 (float64): ``projected`` itself where it is that already."""
         R = widened(self.projected)
-        return R if self.factor is None else R * self.factor
+        R = R if self.factor is None else R * self.factor
+        return R if self.turn is None else self.turn.mT @ R
 
     def whole_sketch(self) -> Tensor | None:
         """Y in float32 (float64), in the same way."""
@@ -194,40 +197,24 @@ def random_start(state: State, specs: Mapping[str, StateSpec], geometry: Geometr
     scatter_state(specs, tensors, [state])
 
 
-def basis_from_sketch(state: State, specs: Mapping[str, StateSpec], Y: Tensor, transport: Transport, step: int) -> bool:
-    """Make the range of Y the subspace, and say whether its basis is turned already.
+def basis_from_sketch(spec: StateSpec, Y: Tensor) -> tuple[Tensor, bool]:
+    """A basis of the range of Y, held as ``spec`` says, and whether it is turned already.
 
     A basis that is held by a codec cannot be turned once an R has been taken with what it was rounded to. It has the
     left singular directions of Y, which estimate those of G, and then it is rounded.
     """
     Y = widened(Y)
     Q = orthonormalize(Y)
-    turned = specs["basis"].codec is not None
-    if turned:
-        new = rounded(specs["basis"], _turned(Q, [Q.mT @ Y])[0])
-    else:
-        new = (Q * canonical_signs(Q)).to(specs["basis"].dtype)
-    transport.carry(state, specs, {"basis": new}, step)
-    state["basis"].copy_(new)
-    return turned
+    if spec.codec is not None:
+        return rounded(spec, turned(Q, [Q.mT @ Y])[0]), True
+    return (Q * canonical_signs(Q)).to(spec.dtype), False
 
 
-def turn(
-    state: State, specs: Mapping[str, StateSpec], R: Tensor, stacked: Sequence[Tensor], transport: Transport, step: int
-) -> Tensor:
-    """Turn the basis to the singular directions of R, Q ← QX with RRᵀ = X diag(λ) Xᵀ, and return XᵀR.
+def turned(Q: Tensor, stacked: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """QX with canonical signs, turned to the singular directions of [R₁ R₂ …], and X, their left singular vectors.
 
-    Where a basis is shared, X is that of all matrices which share it, ``stacked`` side by side; else they are R alone.
+    Where a basis is not shared, ``stacked`` is R alone, and XᵀR are its coordinates in the new basis.
     """
-    Q, X = _turned(state["basis"], stacked)
-    new = {"basis": Q.to(state["basis"].dtype)}
-    transport.carry(state, specs, new, step)
-    state["basis"].copy_(new["basis"])
-    return X.mT @ R
-
-
-def _turned(Q: Tensor, stacked: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """QX with canonical signs and X, the left singular vectors of [R₁ R₂ …] with the signs that this takes."""
     largest = torch.stack([R.abs().amax(dim=(-2, -1)) for R in stacked]).amax(dim=0)
     scale = inverse_scale(largest, stacked[0].dtype, stacked[0].device)
     grams = (scaled @ scaled.mT for scaled in (R * scale for R in stacked))

@@ -23,7 +23,7 @@ from subspan.optim.late import (
     refresh_key,
     sketch_norms,
     test_matrix,
-    turn,
+    turned,
     warm_start,
 )
 from subspan.optim.matrix import oriented
@@ -306,35 +306,47 @@ class Refreshing(StoredOptimizer):
             slots.clear()
         self._arm_slots(self._slots.keys())
 
-    def _turn(self, work: Work, state: State, R: Tensor) -> Tensor:
-        """Turn a basis that came from a sketch to the directions of the first R that was taken with it."""
-        assert self.method.transport is not None
-        specs = self._specs(work.name, work.parameter, work.group, state)
+    def _turn(self, name: str, group: dict[str, Any]) -> None:
+        """Turn a basis that came from a sketch to the directions of the first R that was taken with it.
+
+        All that share it are turned at once, so that the directions are found once.
+        """
+        partners = [partner for partner in self._partners(name) if partner in self._folded]
+        stacked = [self._folded[partner].gradient() for partner in partners]
+        Q, X = turned(self._state(self._bound[name])["basis"], stacked)
+        for partner in partners:
+            self._take_basis(partner, group, Q, int(self._state(self._bound[partner])["step"]))
+            self._state(self._bound[partner])["turned"].fill_(1)
+            self._folded[partner].turn = X
+
+    def _take_basis(self, name: str, group: dict[str, Any], Q: Tensor, step: int, compare: bool = False) -> None:
+        """Replace the basis of one parameter, and carry its moments over."""
+        method, parameter = self.method, self._bound[name]
+        assert method.transport is not None and method.refresh is not None
+        state = self.state[parameter]
+        specs = self._specs(name, parameter, group, state)
         tensors = opened(state, specs)
-        stacked = [self._folded[name].gradient() for name in self._partners(work.name) if name in self._folded]
-        turned = turn(tensors, specs, R, stacked, self.method.transport, int(state["step"]))
+        old = {"basis": tensors["basis"].clone()} if compare else {}
+        new = {"basis": Q.to(tensors["basis"].dtype)}
+        method.transport.carry(tensors, specs, new, step)
+        tensors["basis"].copy_(new["basis"])
+        if compare:
+            method.refresh.compare(tensors, old, tensors, group)
         close(state, specs, tensors)
-        state["turned"].fill_(1)
-        return turned
 
     def _refresh_late(self, works: Sequence[Work]) -> None:
         """After a step: the subspaces that the sketches of its gradients tell, for the next one.
 
         A sketch that tells none leaves its refresh due: one that overflowed where R did not, or one of no gradient.
         """
-        norms = sketch_norms(self._folded)
-        for work in works:
-            if work.name not in norms:
-                continue
-            partners = self._partners(work.name)
-            overflowed = [name for name in partners if not math.isfinite(norms.get(name, 0.0))]
-            if work.name in overflowed:
-                self._warn(
-                    work.name,
-                    "the sketch for a new subspace overflows, so the one there is stays until one does not",
-                )
-            if not overflowed and any(norms.get(name) for name in partners):
-                self._refresh_from_sketch(work)
+        norms, stepped = sketch_norms(self._folded), {work.name: work for work in works}
+        for names in dict.fromkeys(self._partners(work.name) for work in works):
+            overflowed = [name for name in names if not math.isfinite(norms.get(name, 0.0))]
+            for name in overflowed:
+                what = "the sketch for a new subspace overflows, so the one there is stays until one does not"
+                self._warn(name, what)
+            if not overflowed and any(norms.get(name) for name in names):
+                self._refresh_from_sketch([stepped[name] for name in names if name in stepped])
 
     def _warn(self, name: str, what: str) -> None:
         """Warn once of each kind for each parameter."""
@@ -342,20 +354,18 @@ class Refreshing(StoredOptimizer):
             self._warned.add(message)
             warnings.warn(f"{message} (shown once for each parameter)", RuntimeWarning, stacklevel=6)
 
-    def _refresh_from_sketch(self, work: Work) -> None:
-        method, state = self.method, self.state[work.parameter]
-        assert method.refresh is not None and method.transport is not None
-        step, first = int(state["step"]) - 1, int(state["refreshes"]) == 0
-        specs = self._specs(work.name, work.parameter, work.group, state)
-        tensors = opened(state, specs)
-        old = {"basis": tensors["basis"].clone()}
-        partners = [self._folded[name] for name in self._partners(work.name) if name in self._folded]
-        Y = functools.reduce(torch.add, [Y for folded in partners if (Y := folded.whole_sketch()) is not None])
-        turned = basis_from_sketch(tensors, specs, Y, method.transport, step + 1)
-        if not first:
-            method.refresh.compare(tensors, old, tensors, work.group)
-        close(state, specs, tensors)
-        state["turned"].fill_(int(turned))
-        state["refreshes"] += 1
-        due = method.refresh.next_refresh(step, first, lambda: self._place(work.name), work.group, state)
-        state["next_refresh"].fill_(due)
+    def _refresh_from_sketch(self, works: Sequence[Work]) -> None:
+        """Refresh one parameter, or those that share a basis, which is found once."""
+        refresh, first = self.method.refresh, works[0]
+        assert refresh is not None
+        Ys = [Y for work in works if (Y := self._folded[work.name].whole_sketch()) is not None]
+        spec = self._specs(first.name, first.parameter, first.group, self.state[first.parameter])["basis"]
+        Q, is_turned = basis_from_sketch(spec, functools.reduce(torch.add, Ys))
+        for work in works:
+            state = self.state[work.parameter]
+            step, none_before = int(state["step"]) - 1, int(state["refreshes"]) == 0
+            self._take_basis(work.name, work.group, Q, step + 1, compare=not none_before)
+            state["turned"].fill_(int(is_turned))
+            state["refreshes"] += 1
+            place = functools.partial(self._place, work.name)
+            state["next_refresh"].fill_(refresh.next_refresh(step, none_before, place, work.group, state))
