@@ -67,8 +67,8 @@ def test_comparison_and_files(model: str, tmp_path: Path, capsys: pytest.Capture
     assert (folder / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_weights_in_int8(model: str, capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["plan", "--model", model, "--rank", "8", "--seq_len", "16", "--json"]
+def test_weights_in_int8(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["plan", "--model", "llama_9m", "--rank", "8", "--seq_len", "16", "--json"]
     for method in ("adamw_torch", "adamw_8bit", "lora"):
         status, _, err = command(*given, "--method", method, "--weight_storage", "int8", capsys=capsys)
         assert status != 0 and f"weight_storage is 'int8', which '{method}' cannot train" in err
