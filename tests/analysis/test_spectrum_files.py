@@ -92,6 +92,17 @@ def test_every_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Left out, not finite: it holds NaN or Inf: 2 tensors: inf, nan" in out
 
 
+def test_steps_of_weights_in_int8_are_no_matrices(tmp_path: Path) -> None:
+    """They stand in a file of their own beside a run's model, or, after save_pretrained, in the same one."""
+    weights = {"up.weight": torch.randn(32, 16), "down.weight": torch.randn(16, 32), "own_steps": torch.randn(8, 8)}
+    save(tmp_path / "apart", weights)
+    save(tmp_path / "apart", {"up.weight_steps": torch.ones(32, 2)}, "int8_steps.safetensors")
+    save(tmp_path / "together", weights | {"up.weight_steps": torch.ones(32, 2)})
+    for folder in ("apart", "together"):
+        analyse(tmp_path / folder)
+        assert {line["name"] for line in lines(tmp_path / folder / "spectrum")} == set(weights)
+
+
 def test_stacks_and_kernels(tmp_path: Path) -> None:
     experts = torch.stack([with_spectrum(torch.ones(rank), 12, 16).float() for rank in (2, 4, 8)])
     kernel = torch.randn(10, 3, 2, 2)

@@ -67,6 +67,18 @@ def test_comparison_and_files(model: str, tmp_path: Path, capsys: pytest.Capture
     assert (folder / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_weights_in_int8(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["plan", "--model", "llama_9m", "--rank", "8", "--seq_len", "16", "--json"]
+    for method in ("adamw_torch", "adamw_8bit", "lora"):
+        status, _, err = command(*given, "--method", method, "--weight_storage", "int8", capsys=capsys)
+        assert status != 0 and f"weight_storage is 'int8', which '{method}' cannot train" in err
+    status, out, err = command(*given, "--compare", "q_apollo_mini,q_apollo", capsys=capsys)
+    assert status == 0, err
+    others = {entry["method"]: entry for entry in json.loads(out)["compared"]}
+    assert "rank 1" in others["q_apollo_mini"]["size"] and "rank 8" in others["q_apollo"]["size"]
+    assert others["q_apollo"]["bytes"]["weights"] < json.loads(out)["bytes"]["weights"]
+
+
 def test_the_largest_batch_that_fits(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     base = ["--model", model, "--rank", "8", "--seq_len", "16", "--budget", "700KiB"]
     found = planned(*base, "--solve", "batch_size", capsys=capsys)

@@ -72,7 +72,7 @@ def test_reference(method: str, shape: tuple[int, int], proj_type: str, rounding
         """Numbers of elements follow the oriented matrix."""
         key = optimizer._rounding_key(NAME, optimizer.param_groups[0], step)
         numbers = torch.arange(dense.numel()).view(shape[::-1] if right else shape)
-        return random_bits(key, numbers.T if right else numbers) * 2.0**-16
+        return (random_bits(key, numbers.T if right else numbers) + 0.5) * 2.0**-16
 
     reference = Int8Reference(inner, GROUP, None if rounding == "nearest" else uniform)
     W = reference.start(dense.detach())

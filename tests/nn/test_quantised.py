@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from subspan.memory import plan
 from subspan.nn import project_gradients, quantize_weights
 from subspan.optim import QAPOLLO, SCALE, GaLore, QAPOLLOMini, QGaLore, create_optimizer
-from subspan.state import Int8Weight
+from subspan.state import Int8Weight, random_bits
 
 
 def llama(dtype: torch.dtype = torch.float32, **settings: Any) -> LlamaForCausalLM:
@@ -199,7 +200,6 @@ def test_training(method: str, gradient: str) -> None:
     model = llama(torch.bfloat16)
     quantize_weights(model)
     settings: dict[str, Any] = {"density": 0.25} if method == "frugal" else {"rank": 4}
-    settings |= {"basis_storage": "float32"} if method == "q_galore" and gradient != "full" else {}
     if method in ("adamw", "scale"):
         settings = {}
     rate = 3e-3 if method in ("adamw", "frugal", "fira", "scale") else 3e-2
@@ -265,11 +265,14 @@ def test_full_and_fused_are_equal_to_the_bit() -> None:
         (lambda W: W[0], "view"),
         (lambda W: W.mul_(2), "change"),
         (lambda W: nn.init.normal_(W), "change"),
+        (lambda W: operator.isub(W, 1), "change"),
+        (lambda W: operator.imul(W, torch.ones(32)), "change"),
+        (lambda W: operator.setitem(W, 0, 1.0), "view"),
     ],
 )
 def test_what_would_be_lost_is_refused(operation: Any, what: str) -> None:
     W = Int8Weight.of(torch.randn(16, 32))
-    with pytest.raises(TypeError, match=what):
+    with pytest.raises(RuntimeError, match=what):
         operation(W)
 
 
@@ -278,7 +281,7 @@ def test_torch_optimizers_are_refused() -> None:
     quantize_weights(layer)
     layer(torch.randn(2, 128)).sum().backward()
     for foreach in (False, True):
-        with pytest.raises(TypeError, match=r"subspan\.optim"):
+        with pytest.raises(RuntimeError, match=r"subspan\.optim"):
             torch.optim.AdamW(layer.parameters(), foreach=foreach).step()
 
 
@@ -298,7 +301,7 @@ def test_moved_without_a_change_while_hooks_are_there() -> None:
     before = W.dense()
     model._apply(lambda tensor: tensor * 2)
     torch.testing.assert_close(W.dense(), 2 * before, atol=float(W.steps.max()), rtol=0)
-    with pytest.raises(RuntimeError, match="swap"):
+    with pytest.raises(RuntimeError, match="before fuse_into_backward"):
         model.to(torch.bfloat16)
 
 
@@ -308,3 +311,100 @@ def test_every_quotient_survives_bfloat16() -> None:
     steps = (1 + torch.arange(256) / 128).mul(1e-3).bfloat16()[:, None]
     W = Int8Weight(codes, steps, torch.bfloat16)
     assert torch.equal(W.restored(W.dense(), steps).codes, codes)
+
+
+def test_a_graph_from_before_a_step_is_refused() -> None:
+    """As of float weights: its gradients would be those of other weights."""
+    for convert in (False, True):
+        layer = nn.Sequential(nn.Linear(128, 64))
+        quantize_weights(layer)
+        optimizer = GaLore(layer, rank=4, lr=0.1, rounding="stochastic")
+        if convert:
+            project_gradients(layer, optimizer)
+        x = torch.randn(3, 128, requires_grad=True)
+        first, second = layer(x).sum(), layer(x).square().sum()
+        first.backward()
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            second.backward()
+
+
+def test_conversions_are_copies() -> None:
+    W = Int8Weight.of(torch.randn(16, 32), 16)
+    for copied in (W.float().to(torch.bfloat16), W.bfloat16(), W.double(), W.to(torch.float32, copy=True), W.clone()):
+        before = copied.dense()
+        W.round_rows_(0, torch.randn(16, 32))
+        assert torch.equal(copied.dense(), before)
+    assert torch.equal(W.int(), W.dense().int())
+    assert W.to(torch.float32) is W
+
+
+def test_assigned_data() -> None:
+    layer = nn.Linear(128, 64, bias=False)
+    quantize_weights(layer)
+    layer.weight.data = torch.ones(64, 128)
+    torch.testing.assert_close(layer.weight.dense(), torch.ones(64, 128), atol=5e-3, rtol=0)
+    layer.weight.data.copy_(torch.zeros(64, 128))
+    assert not layer.weight.codes.any()
+
+
+def test_adapters_on_frozen_weights_of_8_bits() -> None:
+    """They run on a stack that is not contiguous; merging would round to nearest behind one's back, and is refused."""
+    from peft import LoraConfig, get_peft_model
+
+    model = nn.Sequential(nn.Linear(128, 64, bias=False))
+    quantize_weights(model)
+    adapted: Any = get_peft_model(model, LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)).eval()  # type: ignore[arg-type]
+    x = torch.randn(5, 7, 128).transpose(0, 1)
+    torch.testing.assert_close(adapted(x), adapted(x.contiguous()))
+    with pytest.raises(RuntimeError, match="would change a weight that is held in int8"):
+        adapted.merge_and_unload()
+
+
+def test_shared_memory() -> None:
+    layer = nn.Linear(128, 64)
+    quantize_weights(layer)
+    layer.share_memory()
+    assert layer.weight.is_shared() and layer.weight.codes.is_shared()
+
+
+def test_the_mean_of_the_smallest_steps() -> None:
+    """Below the resolution of the random numbers there is no drift to one side."""
+    start = torch.full((64, 256), 20.0)
+    start[:, 0] = 127.0
+    moved = []
+    for sign in (1, -1):
+        W = Int8Weight(start.to(torch.int8), torch.ones(64, 1, dtype=torch.bfloat16), torch.float32)
+        for seed in range(100):
+            bits = random_bits(torch.tensor(seed), torch.arange(start.numel()).view(start.shape))
+            W.round_rows_(0, W.rows(0, 64, torch.float32) + sign * 1e-4, bits)
+        moved.append(float((W.dense() - start)[:, 1:].mean()))
+    assert abs(moved[0] - 1e-2) < 4e-3 and abs(moved[1] + 1e-2) < 4e-3
+    assert abs(moved[0] + moved[1]) < 4e-3
+
+
+def test_refused_beforehand() -> None:
+    with pytest.raises(ValueError, match="group_size=0"):
+        quantize_weights(llama(), group_size=0)
+    model = llama()
+    model.model.layers[0].mlp.up_proj.weight.register_hook(lambda gradient: gradient)
+    with pytest.raises(RuntimeError, match="has hooks"):
+        quantize_weights(model)
+    model = llama()
+    project_gradients(model, GaLore(model, rank=4))
+    with pytest.raises(RuntimeError, match="before project_gradients"):
+        quantize_weights(model)
+
+
+def test_steps_of_another_weight() -> None:
+    model = llama()
+    quantize_weights(model)
+    state = model.state_dict()
+    state["model.layers.0.mlp.up_proj.weight"] *= 3
+    with pytest.raises(RuntimeError, match="not those of this weight"):
+        model.load_state_dict(state)
+
+
+def test_float16_matrices_are_restored() -> None:
+    W = Int8Weight.of(1e-4 * torch.randn(16, 64).half())
+    assert torch.equal(W.restored(W.dense(), W.steps).codes, W.codes)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from subspan.nn.quantised import STEPS
 from subspan.train.config import PretrainConfig, read_config
 from subspan.train.run_folder import CONFIG_FILE
 from subspan.train.trainer import CHECKPOINT, PROGRESS_FILE
@@ -52,6 +53,12 @@ class Checkpoint:
                 if name in self._files:
                     raise ValueError(f"{str(path)!r} holds {name!r} in two files, one is {file.name!r}; give one file.")
                 self._files[name] = opened
+        # The steps of weights in int8 say how matrices were rounded; they are none of the model's.
+        self._files = {
+            name: file
+            for name, file in self._files.items()
+            if name.removesuffix(STEPS) not in self._files or not name.endswith(STEPS)
+        }
 
     @property
     def names(self) -> list[str]:

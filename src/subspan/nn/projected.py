@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from subspan.nn.quantised import Int8Conv1D, Int8Layer, Int8Linear, is_conv1d
+from subspan.nn.quantised import Int8Conv1D, Int8Linear, is_conv1d
 from subspan.optim import LowRankOptimizer
 from subspan.optim.names import canonical_name
 from subspan.optim.slots import GradientSlots, Reader
@@ -122,7 +122,7 @@ def _projects_input(layer: Any) -> bool:
     return bool(layer.gradient_slots.right) == isinstance(layer, ProjectedLinear)
 
 
-class ProjectedLinear(Int8Layer, nn.Linear):
+class ProjectedLinear(Int8Linear):
     """A linear layer that leaves QᵀG in slots of the optimizer; made by `project_gradients`."""
 
     gradient_slots: GradientSlots
@@ -134,7 +134,7 @@ class ProjectedLinear(Int8Layer, nn.Linear):
         return _apply(input, self.weight, self.bias, self.gradient_slots, self.gradient_slots.right)
 
 
-class ProjectedConv1D(Int8Layer):
+class ProjectedConv1D(Int8Conv1D):
     """Hugging Face's ``Conv1D``, a linear layer with the weight transposed, in the same way."""
 
     gradient_slots: GradientSlots

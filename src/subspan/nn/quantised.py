@@ -34,12 +34,13 @@ def quantize_weights(
     optimizer of subspan and ``rounding="stochastic"``, as `QGaLore`, `QAPOLLO` and `QAPOLLOMini` do by themselves:
     rounded to nearest, a step that is smaller than half a code would be lost.
 
-    Embeddings, heads, vectors, subclasses of ``nn.Linear``, matrices with fewer than ``min_quantized`` elements, and
-    those whose columns no number from 16 to ``group_size`` divides, stay as they are.
+    Frozen weights, embeddings, heads, vectors, subclasses of ``nn.Linear``, matrices with fewer than ``min_quantized``
+    elements, and those whose columns no number from 16 to ``group_size`` divides, stay as they are.
 
     ``model.state_dict()`` holds ordinary float matrices in the memory of the host, so that what is saved is a model
     like any other, and beside each its steps as ``NAME_steps``: loaded into a model that is quantised, the two give the
-    same codes again; without the steps a matrix is rounded to nearest.
+    same codes again; without the steps a matrix is rounded to nearest. (``save_pretrained`` writes the steps into the
+    same file, where transformers names them as unexpected and leaves them out.)
 
     Args:
         model: the model; parameters stay the same objects, so that an optimizer that has them keeps them. Call it
@@ -64,6 +65,10 @@ def quantize_weights(
 
     Source: arXiv 2407.08296 (groups of 256), 2412.05270 (groups of 128).
     """
+    if group_size < 1:
+        raise ValueError(f"group_size={group_size} is not allowed; it must be at least 16, such as 128 or 256")
+    if any(hasattr(module, "gradient_slots") for module in model.modules()):
+        raise RuntimeError("the model has projected gradients already: call quantize_weights before project_gradients")
     groups = param_groups(model, rank=1, target_modules=target_modules, exclude=exclude)
     targets = {id(parameter) for _, parameter in groups[0]["params"]}
     names = []
@@ -99,6 +104,11 @@ class Int8Layer(nn.Module):
         with torch.no_grad():
             moved = fn(W)
             if (moved.dtype, moved.device) != (W.dtype, W.device):
+                if W._post_accumulate_grad_hooks or W._backward_hooks:
+                    raise RuntimeError(
+                        f"a weight in int8 that has hooks cannot be moved from {W.dtype} on {W.device} to "
+                        f"{moved.dtype} on {moved.device}: move the model before fuse_into_backward()"
+                    )
                 return super()._apply(fn, recurse)
             if moved is not W:
                 W.copy_(moved)
@@ -145,6 +155,10 @@ class Int8Layer(nn.Module):
 class Int8Linear(Int8Layer, nn.Linear):
     """A linear layer with a weight of 8 bits; made by `quantize_weights`."""
 
+    def forward(self, input: Tensor) -> Tensor:
+        """xWᵀ + b."""
+        return _linear(input, self.weight, self.bias)
+
 
 class Int8Conv1D(Int8Layer):
     """Hugging Face's ``Conv1D``, a linear layer with the weight transposed, in the same way."""
@@ -153,7 +167,12 @@ class Int8Conv1D(Int8Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         """The product xW + b."""
-        return nn.functional.linear(input, self.weight.mT, self.bias)
+        return _linear(input, self.weight.mT, self.bias)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # With a frozen weight torch would repeat it for each matrix of a stack that it cannot flatten.
+    return nn.functional.linear(x.contiguous() if isinstance(weight, Int8Weight) else x, weight, bias)
 
 
 def _kind(module: nn.Module) -> type[nn.Module] | None:
@@ -170,6 +189,11 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def _quantize(W: nn.Parameter, name: str, group_size: int) -> None:
     """Turn the parameter itself into one of 8 bits, whoever holds it."""
+    if W._backward_hooks or W._post_accumulate_grad_hooks:
+        raise RuntimeError(
+            f"{name} has hooks, which it would lose: call quantize_weights before they are registered (before "
+            "fuse_into_backward, for one)"
+        )
     with torch.no_grad():
         quantised = nn.Parameter(Int8Weight.of(W.detach(), group_size), requires_grad=W.requires_grad)
     W.grad = None

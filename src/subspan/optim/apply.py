@@ -46,7 +46,7 @@ def apply_update(
             W.addcmul_(update.gain, G, value=alpha)
         return
     dtype = torch.float64 if W.dtype == torch.float64 else torch.float32
-    for tile in tiles(W):
+    for tile in tiles(W, wide=keys is not None):
         w = read(W, tile, dtype)
         if beta != 1.0:
             w = w * beta

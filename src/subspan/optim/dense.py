@@ -10,7 +10,7 @@ from torch import Tensor
 from subspan.optim.apply import read, store_span
 from subspan.optim.method import Group, Inner, Method, State
 from subspan.optim.outputs import step_rows
-from subspan.optim.tiling import Tile, tiles
+from subspan.optim.tiling import WIDE, Tile, tiles
 from subspan.state import Int8Weight, StateSpec
 from subspan.state.host import on_host
 
@@ -79,7 +79,7 @@ def _step_tiles(inner: Inner, work: DenseWork, age: int, group: Group, *, beta: 
     columns = W.shape[-1] if W.ndim > 1 else 1
     W, G = W if isinstance(W, Int8Weight) else W.view(-1, columns), G.reshape(-1, columns)
     moments = {name: tensor.view(-1, columns) for name, tensor in moments.items()}
-    for tile in tiles(W):
+    for tile in tiles(W, wide=key is not None):
         part = {name: tile.of(tensor) for name, tensor in moments.items()}
         U = inner.direction(tile.of(G).to(dtype).contiguous(), part, age, group)
         w = read(W, tile, dtype).mul(beta).add_(U, alpha=alpha)
@@ -96,7 +96,8 @@ def _step_coded(
     flat = W if isinstance(W, Int8Weight) else W.reshape(W.shape[0] if W.ndim == 3 else 1, -1)
     matrices, row = ([W], W.shape[1]) if isinstance(W, Int8Weight) else (list(flat), 1)
     unit = math.lcm(row, _BLOCK)
-    piece = math.ceil((_CPU_PIECE if on_host(W.device) else _DEVICE_PIECE) / unit) * unit
+    piece = (_CPU_PIECE if on_host(W.device) else _DEVICE_PIECE) // (WIDE if seed is not None else 1)
+    piece = math.ceil(piece / unit) * unit
     for index, (weight, gradient) in enumerate(zip(matrices, G.reshape(len(matrices), -1), strict=True)):
         own = {key: _matrix(spec, key, state, index) for key, spec in specs.items()}
         for start in range(0, weight.numel(), piece):

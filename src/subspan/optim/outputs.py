@@ -56,7 +56,7 @@ def step_rows(
         blocks = [math.lcm(spec.codec.block, columns) // columns for spec in specs.values() if spec.codec is not None]
         # The groups of weights of 8 bits run along their own rows: where those are inputs, all is one tile.
         across = isinstance(w, Int8Weight) and w.transposed
-        for tile in [Tile(-1, 0, columns)] if across else row_tiles(w, max(blocks, default=1)):
+        for tile in [Tile(-1, 0, columns)] if across else row_tiles(w, max(blocks, default=1), wide=seed is not None):
             first, last = (0, w.numel()) if across else (tile.start * columns, (tile.start + tile.length) * columns)
             parts, moments = {}, {}
             for key, spec in specs.items():

@@ -29,23 +29,30 @@ class Tile:
         return X if X.shape[self.dim] == 1 else X.narrow(self.dim, self.start, self.length)
 
 
-def tiles(X: Tensor) -> Iterator[Tile]:
-    """Tiles that cover ``X`` (..., m, n), itself or a transposed view, each contiguous in memory for one matrix."""
+def tiles(X: Tensor, *, wide: bool = False) -> Iterator[Tile]:
+    """Tiles that cover ``X`` (..., m, n), itself or a transposed view, each contiguous in memory for one matrix.
+
+    ``wide`` says that some numbers for each element are of 64 bits, as those are that round stochastically.
+    """
     dim = -2 if X.stride(-1) == 1 else -1
     size = X.shape[dim]
-    length = max(1, _budget(X) * size // max(1, X.numel()))
+    length = max(1, _budget(X) // (WIDE if wide else 1) * size // max(1, X.numel()))
     for start in range(0, size, length):
         yield Tile(dim, start, min(length, size - start))
 
 
-def row_tiles(X: Tensor, multiple: int = 1) -> Iterator[Tile]:
+def row_tiles(X: Tensor, multiple: int = 1, *, wide: bool = False) -> Iterator[Tile]:
     """Tiles of whole rows that cover ``X`` (m, n), however it lies in memory; each begins at a multiple of a number."""
     rows, columns = X.shape
     least = 1 if X.stride(-1) == 1 else _LINE
-    length = max(least, _budget(X) // max(1, columns))
+    length = max(least, _budget(X) // (WIDE if wide else 1) // max(1, columns))
     length = max(multiple, length - length % multiple)
     for start in range(0, rows, length):
         yield Tile(-2, start, min(length, rows - start))
+
+
+#: By so much a tile is smaller whose elements come with numbers of 64 bits.
+WIDE = 4
 
 
 def _budget(X: Tensor) -> int:

@@ -96,6 +96,8 @@ class Int8Weight(Tensor):
     def rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows of the float matrix (not transposed), a new tensor; in float32 they are exact."""
         codes, steps = self.codes[start:stop], self.steps[start:stop]
+        if dtype == torch.float16:  # in which small steps have few digits
+            return self.rows(start, stop, torch.float32).to(dtype)
         return (codes.unflatten(1, (steps.shape[1], -1)) * steps.to(dtype).unsqueeze(-1)).flatten(1)
 
     def round_rows_(self, start: int, W: Tensor, bits: Tensor | None = None) -> None:
@@ -116,9 +118,10 @@ class Int8Weight(Tensor):
         """Set the codes of some rows (k, groups, group) from the steps that are there."""
         steps = self.steps[start : start + groups.shape[0]].float().unsqueeze(-1)
         share = groups / torch.where(steps > 0, steps, 1.0)
-        share += 0.5 if bits is None else bits.view(share.shape) * 2.0**-16
+        share += 0.5 if bits is None else (bits.view(share.shape) + 0.5) * 2.0**-16
         codes = share.floor_().clamp_(-_LARGEST, _LARGEST).flatten(1)
         self.codes[start : start + groups.shape[0]] = codes.to(torch.int8)
+        torch.autograd.graph.increment_version(self)  # so that a graph from before is not gone through backwards
 
     def _set(self, W: Tensor, steps: Tensor | None = None) -> None:
         """Become ``W`` (not transposed), with steps of its own, or with those that it was held with before."""
@@ -138,13 +141,17 @@ class Int8Weight(Tensor):
         of 127 steps is off by at most 127/256 of one.
 
         Raises:
-            ValueError: steps of another shape.
+            ValueError: steps of another shape, or of another weight.
         """
         if steps is not None and steps.shape != self.steps.shape:
             raise ValueError(
                 f"a weight of shape {tuple(self.shape)} has steps of shape {tuple(self.steps.shape)}, not of shape "
                 f"{tuple(steps.shape)}: quantise it with the group_size with which it was saved"
             )
+        if steps is not None:
+            largest = W.unflatten(1, (steps.shape[1], -1)).abs().amax(dim=-1)
+            if bool((largest.float() > (_LARGEST + 0.5) * steps.to(W.device).float()).any()):
+                raise ValueError("the steps are not those of this weight, which is larger than they allow")
         result = Int8Weight(torch.empty_like(self.codes), torch.empty_like(self.steps), self.dtype)
         result._set(W, steps)
         return result
@@ -154,6 +161,48 @@ class Int8Weight(Tensor):
         group = self.codes.shape[1] // self.steps.shape[1]
         grad = ", requires_grad=True" if self.requires_grad else ""
         return f"Int8Weight(shape={tuple(self.shape)}, dtype={self.dtype}, group_size={group}{grad})"
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        """This weight without its gradient; what is assigned to it is rounded to nearest."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        with torch.no_grad():
+            self.copy_(value)
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """As of any tensor; the result shares nothing with this weight unless it is this weight."""
+        moved = super().to(*args, **kwargs)
+        shares = isinstance(moved, Int8Weight) and moved is not self and moved.codes is self.codes
+        return moved.clone() if shares else moved
+
+    def float(self) -> Tensor:  # type: ignore[override]
+        """In float32."""
+        return self.to(torch.float32)
+
+    def double(self) -> Tensor:  # type: ignore[override]
+        """In float64."""
+        return self.to(torch.float64)
+
+    def half(self) -> Tensor:  # type: ignore[override]
+        """In float16."""
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> Tensor:  # type: ignore[override]
+        """In bfloat16."""
+        return self.to(torch.bfloat16)
+
+    def share_memory_(self) -> Int8Weight:
+        """Move codes and steps to memory that processes share."""
+        self.codes.share_memory_()
+        self.steps.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether processes share it."""
+        return self.codes.is_shared()
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[torch.dtype, bool]]:
         """For torch.compile."""
@@ -183,9 +232,10 @@ class Int8Weight(Tensor):
                 return Int8Weight(W.codes, W.steps, W.dtype, W.transposed != turned)
             if func is _aten.clone.default:
                 return Int8Weight(W.codes.clone(), W.steps.clone(), W.dtype, W.transposed)
-            if func is _aten._to_copy.default:
-                # Nothing writes to the result: another dtype needs no copy, and autocast asks for one at each use.
-                device, dtype = kwargs.get("device"), kwargs.get("dtype") or W.dtype
+            dtype = (kwargs or {}).get("dtype") or W.dtype
+            if func is _aten._to_copy.default and dtype.is_floating_point:
+                # Another dtype needs no copy: autocast asks for one at each use. `to` makes one.
+                device = kwargs.get("device")
                 return Int8Weight(W.codes.to(device=device), W.steps.to(device=device), dtype, W.transposed)
             if func is _aten.copy_.default:
                 return _copy(W, args[1])
@@ -223,7 +273,8 @@ def _refuse_writes_and_views(func: Any, args: tuple[Any, ...], kwargs: Mapping[s
         values = value if isinstance(value, (list, tuple)) else [value]
         if argument.alias_info is not None and any(isinstance(item, Int8Weight) for item in values):
             what = "change" if argument.alias_info.is_write else "give a view of"
-            raise TypeError(
+            # No TypeError, which the operators of Python (W -= x) would take for a type that they do not know.
+            raise RuntimeError(
                 f"{func} would {what} a weight that is held in int8; read weight.dense(), write with "
                 "weight.copy_(float_matrix), and train with an optimizer of subspan.optim"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -77,8 +78,7 @@ class MeasureCallback(TrainerCallback):
 
 def plan_run(config: PretrainConfig, vocab_size: int) -> PeakPlan:
     """Plan a run from its resolved settings, for the device that it will take."""
-    names = ("model", "method", "rank", "optimizer", "target_modules", "exclude", "dtype", "batch_size", "seq_len",
-             "grad_accumulation", "gradient", "activation_checkpointing")  # fmt: skip
+    names = {field.name for field in dataclasses.fields(PlanSettings)} & set(vars(config)) - {"vocab_size", "output"}
     shared: dict[str, Any] = {name: getattr(config, name) for name in names}
     device: Any = "accelerator" if torch.accelerator.is_available() else "cpu"
     return plan_recipe(PlanSettings(**shared, vocab_size=vocab_size, device=device)).bytes

@@ -190,6 +190,8 @@ def _config(settings: PlanSettings) -> PretrainConfig:
     if settings.method in BASELINES:
         if settings.gradient != "full":
             raise ValueError(f"gradient is {settings.gradient!r}, but {settings.method!r} keeps gradients: give full.")
+        if settings.weight_storage == "int8":
+            raise ValueError(f"weight_storage is 'int8', which {settings.method!r} cannot train: give float.")
         values["method"] = "adamw"
     return PretrainConfig(**values, max_grad_norm=0.0)
 
@@ -215,7 +217,8 @@ def _beside(settings: PlanSettings, name: str) -> PlanSettings:
         gradient = "full"
     elif gradient != "full" and not create_optimizer(name, nn.Linear(2, 2)).folds:
         gradient = "fused" if settings.grad_accumulation == 1 else "full"
-    rank = settings.rank if name != "apollo_mini" and _takes_rank(name) else None
+    own = name not in BASELINES and method_info(name).default_size is not None
+    rank = settings.rank if _takes_rank(name) and not own else None
     share = settings.share_inputs and gradient == "projected"
     changes: dict[str, Any] = {"gradient": gradient, "share_inputs": share, "rank": rank}
     return dataclasses.replace(settings, method=name, optimizer={}, weight_storage=None, **changes)
