@@ -60,7 +60,7 @@ def test_accumulated_norms_are_said_to_be_those_of_projections(tmp_path: Path) -
         {"dtype": "bfloat16", "rank": 4},
         {"method": "golore", "optimizer": {"golore_after": 6, "update_proj_gap": 5}},
         {"gradient": "projected"},
-        {"gradient": "projected", "dtype": "bfloat16", "grad_accumulation": 2},
+        {"gradient": "projected", "dtype": "bfloat16", "grad_accumulation": 2, "rank": 2},
         {"gradient": "projected", "share_inputs": True, "dtype": "bfloat16"},
         {"method": "fira", "max_grad_norm": 0.0},
         {"method": "adamw", "rank": None, "optimizer": {}, "max_grad_norm": 0.0},
