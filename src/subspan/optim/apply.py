@@ -8,7 +8,7 @@ from torch import Tensor
 from subspan.optim.method import Update
 from subspan.optim.projection import Projection
 from subspan.optim.tiling import Tile, tiles
-from subspan.state import Int8Weight, random_bits, round_stochastically
+from subspan.state import Int8Weight, random_bits_of_runs, round_stochastically
 
 
 def apply_update(
@@ -60,7 +60,7 @@ def apply_update(
             if update.residual is not None:
                 assert update.projected is not None
                 w = w.add(update.residual(g - projection.back(update.projected, tile, W)), alpha=alpha)
-        store(W, tile, w, keys, None if keys is None else _numbers(W, tile, keys.ndim == 0))
+        store(W, tile, w, _bits(W, tile, keys) if keys is not None and _rounds(W) else None)
 
 
 def read(W: Tensor, tile: Tile, dtype: torch.dtype) -> Tensor:
@@ -71,12 +71,8 @@ def read(W: Tensor, tile: Tile, dtype: torch.dtype) -> Tensor:
     return w.mT if W.transposed else w
 
 
-def store(W: Tensor, tile: Tile, w: Tensor, keys: Tensor | None, numbers: Tensor | None) -> None:
-    """Write a tile of weights, rounded to nearest, or stochastically by keys and numbers of its elements."""
-    bits = None
-    if keys is not None and numbers is not None and (W.dtype == torch.bfloat16 or isinstance(W, Int8Weight)):
-        keys = keys.to(W.device)
-        bits = random_bits(keys[:, None, None] if keys.ndim else keys, numbers)
+def store(W: Tensor, tile: Tile, w: Tensor, bits: Tensor | None) -> None:
+    """Write a tile of weights, rounded to nearest, or stochastically by random bits, one number for each element."""
     if isinstance(W, Int8Weight):
         turned = [None if X is None else X.mT.contiguous() if W.transposed else X for X in (w, bits)]
         W.round_rows_(tile.start, *turned)  # type: ignore[arg-type]
@@ -85,17 +81,29 @@ def store(W: Tensor, tile: Tile, w: Tensor, keys: Tensor | None, numbers: Tensor
 
 
 def store_span(W: Tensor, tile: Tile, w: Tensor, key: Tensor | None, first: int) -> None:
-    """`store` for elements that follow each other in their parameter, from the one with the number ``first`` on."""
-    numbers = None if key is None else torch.arange(first, first + w.numel(), device=w.device).view(w.shape)
-    store(W, tile, w, key, numbers)
+    """`store` for elements that follow each other in their parameter, from the one with the number ``first`` on.
+
+    With a ``key`` of random numbers weights of 8 bits and bfloat16 ones are rounded stochastically.
+    """
+    bits = None
+    if key is not None and _rounds(W):
+        start = torch.full((1,), first, device=w.device)
+        bits = random_bits_of_runs(key.to(w.device), start, w.numel(), aligned=first % 4 == 0).view(w.shape)
+    store(W, tile, w, bits)
 
 
-def _numbers(W: Tensor, tile: Tile, one_parameter: bool) -> Tensor:
-    """Number of each element of a tile within its parameter; W is one parameter, or a stack of several matrices."""
+def _rounds(W: Tensor) -> bool:
+    return W.dtype == torch.bfloat16 or isinstance(W, Int8Weight)
+
+
+def _bits(W: Tensor, tile: Tile, keys: Tensor) -> Tensor:
+    """Random bits of each element of a tile; W is one parameter, or a stack of several matrices with a key for each."""
     *batch, m, n = W.shape
     sizes = {-2: (0, m), -1: (0, n)} | {tile.dim: (tile.start, tile.start + tile.length)}
-    rows, columns = (torch.arange(*sizes[dim], device=W.device) for dim in (-2, -1))
-    numbers = rows[:, None] * n + columns
-    if batch and one_parameter:
-        numbers = torch.arange(batch[0], device=W.device)[:, None, None] * (m * n) + numbers
-    return numbers
+    (start, stop), rows = sizes[-1], torch.arange(*sizes[-2], device=W.device)
+    first = rows[:, None] * n + start
+    if batch and not keys.ndim:
+        first = torch.arange(batch[0], device=W.device)[:, None, None] * (m * n) + first
+    keys = keys.to(W.device)
+    key = keys[:, None, None] if keys.ndim else keys
+    return random_bits_of_runs(key, first, stop - start, aligned=n % 4 == 0 and start % 4 == 0)

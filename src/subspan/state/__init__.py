@@ -2,7 +2,7 @@
 
 from subspan.state.codec import BFloat16, Blockwise, Codec, basis_codec, moment_codec
 from subspan.state.int8_weight import Int8Weight, held
-from subspan.state.rounding import random_bits, round_stochastically
+from subspan.state.rounding import random_bits, random_bits_of_runs, round_stochastically
 from subspan.state.spec import StateSpec, stored
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "held",
     "moment_codec",
     "random_bits",
+    "random_bits_of_runs",
     "round_stochastically",
     "stored",
 ]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import sys
+
 import torch
 from torch import Tensor
 
 _LOW_BITS = 16
+_MASK = (1 << _LOW_BITS) - 1
 
 
 def round_stochastically(X: Tensor, bits: Tensor) -> Tensor:
@@ -48,7 +52,34 @@ def random_bits(key: Tensor, index: Tensor) -> Tensor:
 
     Source: SplitMix64, doi 10.1145/2660193.2660195.
     """
+    return _words(key, index >> 2) >> ((index & 3) << 4) & _MASK
+
+
+def random_bits_of_runs(key: Tensor, first: Tensor, count: int, *, aligned: bool) -> Tensor:
+    """`random_bits` of ``count`` elements that follow each other from each of the numbers ``first`` on, in less time.
+
+    Args:
+        key: int64, broadcasts against ``first``.
+        first: int64 (..., 1).
+        count: elements of each run.
+        aligned: whether all of ``first`` are multiples of 4: a word of 64 bits is four numbers.
+
+    Returns:
+        (..., count).
+
+    Example:
+        >>> runs = random_bits_of_runs(torch.tensor(5), torch.tensor([[0], [40]]), 6, aligned=True)
+        >>> bool(runs[1].eq(random_bits(torch.tensor(5), torch.arange(40, 46))).all())
+        True
+    """
+    if not aligned or sys.byteorder != "little":
+        return random_bits(key, first + torch.arange(count, device=first.device))
+    words = _words(key, (first >> 2) + torch.arange(math.ceil(count / 4), device=first.device))
+    return words.view(torch.int16).to(torch.int32).bitwise_and_(_MASK)[..., :count]
+
+
+def _words(key: Tensor, index: Tensor) -> Tensor:
     x = key + index * -0x61C8864680B583EB  # products of int64 wrap around
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         x = x.bitwise_xor_(x >> shift & (1 << 64 - shift) - 1).mul_(factor)
-    return x.bitwise_xor_(x >> 31 & (1 << 33) - 1).bitwise_and_((1 << _LOW_BITS) - 1)
+    return x.bitwise_xor_(x >> 31 & (1 << 33) - 1)
