@@ -23,7 +23,7 @@ import torch
 from record import RESULTS, environment, write_record
 
 _SMALL = {"other_moments": "8bit"}
-#: Method, rank (None: the method's own), how weights are held, and what becomes of the gradients.
+#: Method, rank where it takes one, how weights are held, and what becomes of the gradients.
 RECIPES: dict[str, dict[str, Any]] = {
     "adamw": {"method": "adamw", "gradient": "full"},
     "galore": {"method": "galore", "rank": 1024, "gradient": "full"},
@@ -128,6 +128,8 @@ def main() -> None:
     parser.add_argument("--output", default=str(RESULTS), help="folder for the record; empty: none")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # the child process: measures one recipe
     args = parser.parse_args()
+    if args.steps < 2:
+        parser.error("--steps must be at least 2: the first step refreshes all subspaces and is timed apart")
     if args.one:
         print(json.dumps(measure(recipe_of(args.one, args.rank), args, args.seq_lens[0])))
         return

@@ -410,3 +410,17 @@ def test_steps_of_another_weight() -> None:
 def test_float16_matrices_are_restored() -> None:
     W = Int8Weight.of(1e-4 * torch.randn(16, 64).half())
     assert torch.equal(W.restored(W.dense(), W.steps).codes, W.codes)
+
+
+def test_from_the_meta_device() -> None:
+    """As models are made that are too large to be initialised first: held in int8 already, then loaded."""
+    saved = llama()
+    quantize_weights(saved)
+    with torch.device("meta"):
+        model = llama()
+    quantize_weights(model)
+    model.to_empty(device="cpu")
+    assert sum(isinstance(p, Int8Weight) for p in model.parameters()) == 14
+    model.load_state_dict(saved.state_dict())
+    one, other = (m.model.layers[1].mlp.up_proj.weight for m in (model, saved))
+    assert torch.equal(one.codes, other.codes) and torch.equal(one.steps, other.steps)

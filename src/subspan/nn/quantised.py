@@ -109,7 +109,10 @@ class Int8Layer(nn.Module):
                         f"a weight in int8 that has hooks cannot be moved from {W.dtype} on {W.device} to "
                         f"{moved.dtype} on {moved.device}: move the model before fuse_into_backward()"
                     )
-                return super()._apply(fn, recurse)
+                if not isinstance(moved, Int8Weight):  # without numbers, as to_empty makes it
+                    codes, steps = (torch.empty_like(part, device=moved.device) for part in (W.codes, W.steps))
+                    moved = Int8Weight(codes, steps, moved.dtype)
+                return super()._apply(lambda tensor: moved if tensor is W else fn(tensor), recurse)
             if moved is not W:
                 W.copy_(moved)
         self._parameters["weight"] = None
