@@ -16,7 +16,7 @@ from subspan.memory.trace import tensors_in
 from subspan.optim import LowRankOptimizer
 from subspan.optim.method import State
 from subspan.state import Int8Weight, held
-from subspan.state.host import as_on_accelerator
+from subspan.state.host import as_on_accelerator, rehearsed
 
 __all__ = ["materialise", "rehearse_step", "simulated"]
 
@@ -50,6 +50,7 @@ def simulated(device: Literal["cpu", "accelerator"] = "accelerator") -> Iterator
     with contextlib.ExitStack() as stack:
         if device == "accelerator":
             stack.enter_context(as_on_accelerator())
+        stack.enter_context(rehearsed())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(_HostNumbers())
         yield

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from subspan.state.host import on_host
+from subspan.state.host import is_rehearsed, on_host
 
 # Elements of one tile. On a CPU a float32 tile of 1 MiB stays in the second-level cache; a device wants fewer launches.
 _CPU_TILE = 1 << 18
@@ -39,7 +39,7 @@ def tiles(X: Tensor, *, wide: bool = False) -> Iterator[Tile]:
     length = max(1, _budget(X) // (WIDE if wide else 1) * size // max(1, X.numel()))
     if wide and length > 4:
         length -= length % 4  # random numbers come four at a time
-    for start in range(0, size, length):
+    for start in _starts(size, length):
         yield Tile(dim, start, min(length, size - start))
 
 
@@ -49,8 +49,12 @@ def row_tiles(X: Tensor, multiple: int = 1, *, wide: bool = False) -> Iterator[T
     least = 1 if X.stride(-1) == 1 else _LINE
     length = max(least, _budget(X) // (WIDE if wide else 1) // max(1, columns))
     length = max(multiple, length - length % multiple)
-    for start in range(0, rows, length):
+    for start in _starts(rows, length):
         yield Tile(-2, start, min(length, rows - start))
+
+
+def _starts(size: int, length: int) -> range:
+    return range(0, min(size, 2 * length) if is_rehearsed() else size, length)
 
 
 #: By so much a tile is smaller whose elements come with numbers of 64 bits.

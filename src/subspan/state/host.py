@@ -9,6 +9,7 @@ from contextvars import ContextVar
 import torch
 
 _accelerated: ContextVar[bool] = ContextVar("accelerated", default=False)
+_rehearsed: ContextVar[bool] = ContextVar("rehearsed", default=False)
 
 
 def on_host(device: torch.device) -> bool:
@@ -24,3 +25,18 @@ def as_on_accelerator() -> Iterator[None]:
         yield
     finally:
         _accelerated.reset(token)
+
+
+def is_rehearsed() -> bool:
+    """Whether nothing is computed, so that of many equal pieces of work two show the memory that all of them need."""
+    return _rehearsed.get()
+
+
+@contextlib.contextmanager
+def rehearsed() -> Iterator[None]:
+    """Work in vain, on tensors without numbers."""
+    token = _rehearsed.set(True)
+    try:
+        yield
+    finally:
+        _rehearsed.reset(token)
