@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from subspan.linalg import DenseOperator
+from subspan.linalg import DenseOperator, round_off_floor
 from subspan.optim.tiling import Tile
 from subspan.state.host import on_host
 
@@ -78,14 +78,11 @@ class Orthonormal(Linear):
     """P = Q with orthonormal columns.
 
     Rows of R that are round-off are set to zero: when rank(G) < r the surplus rows hold nothing else, and Adam would
-    turn them into full-size steps. A row is round-off when its norm is at most ``floor·‖R‖_F``; the floor is what the
-    accumulation leaves, √m·eps(float32), or what rounding G to its dtype leaves in one direction out of m,
-    2·eps(G.dtype)/√m, whichever is larger.
+    turn them into full-size steps. A row is round-off when its norm is at most `round_off_floor`·‖R‖_F.
     """
 
     def without_round_off(self, R: Tensor, m: int, dtype: torch.dtype) -> Tensor:
-        root = math.sqrt(m)
-        floor = max(torch.finfo(R.dtype).eps * root, 2.0 * torch.finfo(dtype).eps / root)
+        floor = round_off_floor(m, dtype, R.dtype)
         norms = torch.linalg.vector_norm(R, dim=-1, keepdim=True)
         if on_host(R.device):
             # ‖R‖_F is at most √r times the longest row: nearly always two numbers show that no row is to be dropped. A
