@@ -20,6 +20,7 @@ from subspan.optim.table import alike
 from subspan.state import held
 from subspan.train.config import PretrainConfig
 from subspan.train.data import PackedDataset, TextData
+from subspan.train.trainer import PretrainTrainer
 
 __all__ = ["RunSummary", "finished_summary", "generate_sample", "measured_bytes", "show_end", "show_start"]
 
@@ -92,12 +93,13 @@ def show_start(
     console: Console,
     config: PretrainConfig,
     model: PreTrainedModel,
-    optimizer: LowRankOptimizer,
+    trainer: PretrainTrainer,
     data: TextData,
     output: Path,
     step: int,
 ) -> None:
     """Print the model, the data, the table of projected tensors and the planned bytes."""
+    optimizer, arguments = trainer.low_rank_optimizer, trainer.args
     rows = optimizer.rows()
     total = sum(p.numel() for p in model.parameters())
     projected = sum(_numel(row.shape) for row in rows if row.rank is not None)
@@ -109,8 +111,11 @@ def show_start(
     facts.add_row(
         "data", f"{config.data or 'Python standard library'}: {sequences} of {config.seq_len} tokens, {held_out}"
     )
-    tokens = config.batch_size * config.grad_accumulation * config.seq_len
+    tokens = trainer.tokens_per_step
     facts.add_row("steps", f"{config.steps:,} of {tokens:,} tokens, {config.schedule} schedule")
+    if (processes := trainer.processes).size > 1:
+        passes = f"{arguments.gradient_accumulation_steps} x {arguments.train_batch_size} sequences each"
+        facts.add_row("processes", f"{processes.size}, {passes}")
     facts.add_row("output", str(output) + (f" (continues at step {step})" if step else ""))
     console.print(facts)
     console.print()
@@ -118,7 +123,7 @@ def show_start(
     console.print()
     table = Table("planned memory", "bytes", box=None, pad_edge=False, header_style="bold")
     table.columns[1].justify = "right"
-    planned = plan(model, optimizer, config.grad_accumulation)
+    planned = plan(model, optimizer, arguments.gradient_accumulation_steps)
     for name, count in by_role(planned).items():
         table.add_row(name, f"{count:,}")
     table.add_row("in all, without activations", f"{planned.total:,}", style="bold")

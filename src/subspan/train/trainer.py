@@ -15,15 +15,20 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
+from subspan.linalg import seeded_generator
 from subspan.nn.quantised import STEPS
 from subspan.optim import LowRankOptimizer
 from subspan.train.config import PretrainConfig, write_text
 from subspan.train.data import StreamedDataset
+from subspan.train.faults import FaultsCallback
 from subspan.train.loss import chunked_loss
 from subspan.train.optimizer import build_optimizer, check_optimizer
 from subspan.train.presets import build_model
+from subspan.train.processes import ALONE, Processes
 from subspan.train.ranks import varying_ranks
 
 __all__ = ["CHECKPOINT", "PROGRESS_FILE", "STAGING", "PretrainTrainer", "peak_memory_bytes"]
@@ -61,12 +66,21 @@ class PretrainTrainer(Trainer):
     Args:
         config: resolved settings of the run.
         progress: what `PROGRESS_FILE` of the checkpoint holds from which the run continues.
+        processes: that train together.
         **kwargs: see `transformers.Trainer`.
     """
 
-    def __init__(self, config: PretrainConfig, progress: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: PretrainConfig,
+        progress: dict[str, Any] | None = None,
+        processes: Processes = ALONE,
+        **kwargs: Any,
+    ) -> None:
         self.config = config
         self.progress = progress
+        self.processes = processes
+        self.step_loss: torch.Tensor | float = 0.0
         self.seconds = 0.0
         self.gradient_bytes = 0
         self._mark = 0.0
@@ -75,7 +89,9 @@ class PretrainTrainer(Trainer):
         # The factory receives the model: only the model tells embeddings and the head from other matrices.
         factory: Any = lambda: build_optimizer  # noqa: E731
         super().__init__(optimizer_cls_and_kwargs=(factory, {"config": config}), **kwargs)
+        self.faults = FaultsCallback(self)
         self.add_callback(_Bookkeeping(self))
+        self.add_callback(self.faults)
 
     @property
     def low_rank_optimizer(self) -> LowRankOptimizer:
@@ -113,6 +129,17 @@ class PretrainTrainer(Trainer):
         self._norm_is_exact = norm.exact
         return torch.tensor(norm.value)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Train on one batch, and add its part to the loss of the step."""
+        loss = super().training_step(*args, **kwargs)
+        self.step_loss = self.step_loss + loss
+        return loss
+
+    def take_step_loss(self) -> float:
+        """Return the loss of the step on this process, and begin the next."""
+        loss, self.step_loss = float(self.step_loss), 0.0
+        return loss
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add tokens, speed, memory and perplexity to what the Trainer logs."""
         if "loss" in logs:
@@ -121,6 +148,7 @@ class PretrainTrainer(Trainer):
             logs["tokens_per_second"] = tokens / self.seconds if self.seconds else 0.0
             logs["peak_memory_bytes"] = peak_memory_bytes()
             logs["skipped_steps"] = self.low_rank_optimizer.skipped_steps
+            logs["bad_steps"], logs["spikes"] = self.faults.bad_steps, self.faults.spikes
             if ranks := varying_ranks(self.low_rank_optimizer):
                 logs["mean_rank"] = statistics.fmean(ranks.values())
             if self.config.gradient != "full":
@@ -135,10 +163,74 @@ class PretrainTrainer(Trainer):
         """Return the loss, computed in chunks where that is asked for."""
         if not self.config.chunked_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with self.accelerator.autocast():  # which is around the model's own forward only
-            assert isinstance(self.network, PreTrainedModel)
-            loss = chunked_loss(self.network, inputs["input_ids"], inputs["labels"], num_items_in_batch)
+        network = self.network
+        assert isinstance(network, PreTrainedModel)
+
+        def loss_of(*args: Any, **kwargs: Any) -> torch.Tensor:
+            with self.accelerator.autocast():  # which is around the model's own forward only
+                return chunked_loss(network, inputs["input_ids"], inputs["labels"], num_items_in_batch)
+
+        if model is network:
+            loss = loss_of()
+        else:
+            # A wrapper has to see the pass begin, so it calls this in place of the model's forward.
+            before = vars(network).get("forward")
+            network.forward = loss_of
+            try:
+                loss = model()
+            finally:
+                del network.forward
+                if before is not None:
+                    network.forward = before
+        if num_items_in_batch is not None:
+            # Divided by the tokens of all processes, whose gradients are averaged.
+            loss = loss * self.processes.size
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return this process's share of the batches: as many for each, the missing ones filled up with the first."""
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        batches = list(range(0, len(dataset), self.config.batch_size))
+        starts = batches + batches[:1] * (-len(batches) % self.processes.size)
+        own = [
+            range(start, min(start + self.config.batch_size, len(dataset)))
+            for start in starts[self.processes.rank :: self.processes.size]
+        ]
+        return DataLoader(dataset, batch_sampler=own, collate_fn=self.data_collator)  # type: ignore[arg-type]
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Return the mean loss over the sequences.
+
+        The batches are the same and summed up in the same order however many processes share them, so that equal
+        weights give the same number. The Trainer would count sequences twice where the processes' shares are uneven.
+        """
+        size, rank = self.processes.size, self.processes.rank
+        count = len(dataloader.dataset)  # type: ignore[arg-type]
+        sums = [0.0] * -(-count // self.config.batch_size)
+        self.network.eval()
+        with torch.no_grad():
+            losses = []
+            for batch in dataloader:
+                inputs = self._prepare_inputs(batch)
+                with self.compute_loss_context_manager():
+                    losses.append(self.compute_loss(self.network, inputs) * len(inputs["input_ids"]))
+        # The last ones may be there only so that all processes have as many.
+        own = range(rank, len(sums), size)
+        for index, loss in zip(own, torch.stack(losses).double().tolist(), strict=False):
+            sums[index] = loss
+        return EvalLoopOutput(
+            predictions=(),  # type: ignore[arg-type]
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_loss": math.fsum(self.processes.sums(*sums)) / count},
+            num_samples=count,
+        )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate, outside the seconds that count as training."""
@@ -177,7 +269,7 @@ class PretrainTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the checkpoint into a folder that is never resumed from, and rename it when it is complete."""
         run = Path(str(self.args.output_dir))
-        shutil.rmtree(run / STAGING, ignore_errors=True)
+        self.processes.from_first(lambda: shutil.rmtree(run / STAGING, ignore_errors=True))
         self._staging = True
         # Off only while training; who loads the checkpoint generates with a cache.
         config = getattr(self.network, "config", None)
@@ -189,8 +281,13 @@ class PretrainTrainer(Trainer):
             self._staging = False
             if config is not None:
                 config.use_cache = False
+        progress = self.snapshot()  # all processes have written when all have answered
+        self.processes.from_first(lambda: self._finish_checkpoint(run, progress))
+        self._mark = time.perf_counter()
+
+    def _finish_checkpoint(self, run: Path, progress: dict[str, Any]) -> None:
         name = f"checkpoint-{self.state.global_step}"
-        write_text(run / STAGING / name / PROGRESS_FILE, json.dumps(self.snapshot()))
+        write_text(run / STAGING / name / PROGRESS_FILE, json.dumps(progress))
         if (run / name).exists():
             shutil.rmtree(run / name)
         os.replace(run / STAGING / name, run / name)
@@ -198,20 +295,20 @@ class PretrainTrainer(Trainer):
         saved = sorted((int(match[1]), path) for path in run.iterdir() if (match := CHECKPOINT.fullmatch(path.name)))
         for _, path in saved[: -self.config.keep_checkpoints]:
             shutil.rmtree(path)
-        self._mark = time.perf_counter()
 
     def snapshot(self) -> dict[str, Any]:
-        """Return what `PROGRESS_FILE` holds for the step that is reached."""
+        """Return what `PROGRESS_FILE` holds for the step that is reached; all processes call it."""
         data = self.train_dataset
         sequences = self.state.global_step * self.tokens_per_step // self.config.seq_len
         return {
-            "loss_sum": self._tr_loss.item(),
+            "loss_sums": self.processes.gather(self._tr_loss.item()),
             "last_logged_step": self._globalstep_last_logged,
             "seconds": self.seconds,
             "skipped_steps": self.low_rank_optimizer.skipped_steps,
             "state_bytes": self.low_rank_optimizer.state_bytes(),
             "planned_state_bytes": self.low_rank_optimizer.planned_state_bytes(),
             "gradient_bytes": self.gradient_bytes,
+            "faults": self.faults.snapshot(),
             "stream": data.state_at(sequences) if isinstance(data, StreamedDataset) else None,
         }
 
@@ -226,12 +323,20 @@ class _Bookkeeping(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
-        if (progress := trainer.progress) is not None:
+        progress, processes = trainer.progress, trainer.processes
+        if processes.rank or (progress is not None and len(progress["loss_sums"]) != processes.size):
+            # Else dropout would be the same everywhere. A generator that the checkpoint holds is restored after this.
+            generator = seeded_generator(trainer.config.seed, "process", processes.rank, state.global_step)
+            torch.manual_seed(generator.initial_seed())
+        if progress is not None:
+            sums = progress["loss_sums"]
+            loss_sum = sums[processes.rank] if len(sums) == processes.size else statistics.fmean(sums)
             # Without these two the first loss that is logged after resuming would be the mean over fewer steps.
-            trainer._tr_loss = torch.tensor(progress["loss_sum"], device=args.device)
+            trainer._tr_loss = torch.tensor(loss_sum, device=args.device)
             trainer._globalstep_last_logged = progress["last_logged_step"]
             trainer.seconds = progress["seconds"]
             trainer.low_rank_optimizer.skipped_steps = progress["skipped_steps"]
+            trainer.faults.load(progress["faults"])
             # The state of the checkpoint holds the intervals of the run that wrote it.
             state.compute_steps(args, state.max_steps)
         trainer._mark = time.perf_counter()
