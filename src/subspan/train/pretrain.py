@@ -25,7 +25,15 @@ from subspan.train.optimizer import check_settings, hold_weights, resolve
 from subspan.train.presets import build_model, model_tokenizer
 from subspan.train.processes import ALONE, Processes, join
 from subspan.train.ranks import RanksCallback, mean_rank, plot_ranks
-from subspan.train.run_folder import RunFolder, claim, data_fingerprint, open_run_folder, run_path, shared_batch
+from subspan.train.run_folder import (
+    RunFolder,
+    check_space,
+    claim,
+    data_fingerprint,
+    open_run_folder,
+    run_path,
+    shared_batch,
+)
 from subspan.train.shard import launch_settings
 from subspan.train.summary import RunSummary, finished_summary, generate_sample, measured_bytes, show_end, show_start
 from subspan.train.trainer import PretrainTrainer, peak_memory_bytes, perplexity
@@ -110,13 +118,16 @@ def _pretrain(
         console.print(f"The run in {folder.path} is finished: perplexity {finished.perplexity_text}.")
         return finished
 
+    # The Trainer would create it with an error of its own, in the first process alone.
+    processes.from_first(lambda: claim(folder, lock))
     trainer = reached.trainer = build_trainer(config, folder, data, model, processes)
     trainer.create_optimizer()
     planned = plan(model, trainer.low_rank_optimizer, trainer.args.gradient_accumulation_steps)
 
     def write() -> MetricsFile:
         # Nothing is written before all that can be refused has been looked at.
-        claim(folder, lock, planned.weights + sum(planned.state.values()), config.keep_checkpoints)
+        check_space(folder, planned.weights + sum(planned.state.values()), config.keep_checkpoints)
+        lock.sign()
         folder.write(config, data)
         return MetricsFile(folder.metrics, folder.step)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import hashlib
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -18,11 +19,17 @@ __all__ = ["ALONE", "LostProcess", "Processes", "first_to_say", "join", "launche
 
 T = TypeVar("T")
 
+#: Numbers of the groups that this process joined one after the other.
+_GROUPS = itertools.count()
 #: Seconds in which a process that waits in vain lets the others say that they are waiting too.
 _ROLL_CALL = 5.0
 
 
-class LostProcess(RuntimeError):
+#: A process that loads data, once for all, may take this many times as long as the others wait elsewhere.
+_PATIENCE = 10
+
+
+class LostProcess(ConnectionError):
     """A process of the run does not answer: it died or hangs."""
 
 
@@ -46,23 +53,20 @@ class Processes:
         rank: number of this process.
         size: how many there are.
         group: in which they agree; None where there is one.
+        patient_group: for what may take long.
         timeout: seconds that one waits for the others.
     """
 
     rank: int = 0
     size: int = 1
     group: Any = None
+    patient_group: Any = None
     timeout: float = 600.0
 
     @property
     def first(self) -> bool:
         """Whether this is the process that prints and writes files."""
         return self.rank == 0
-
-    def barrier(self) -> None:
-        """Wait for all."""
-        if self.size > 1:
-            dist.barrier(group=self.group)
 
     def sums(self, *values: float) -> list[float]:
         """Return each value summed over the processes, in float64 and equal on all."""
@@ -90,6 +94,9 @@ class Processes:
 
     def from_first(self, function: Callable[[], T]) -> T:
         """Call a function in the first process and return its result in all; what it raises is raised in all."""
+        return self._from_first(function, self.group)
+
+    def _from_first(self, function: Callable[[], T], group: Any) -> T:
         if self.size == 1:
             return function()
         answer: list[Any] = [None, None]
@@ -100,9 +107,9 @@ class Processes:
                 # The others get its kind and its words, not the object: that may hold what cannot travel.
                 kind = type(error) if isinstance(error, ValueError | OSError) else RuntimeError
                 answer[1] = (FileNotFoundError if isinstance(error, FileNotFoundError) else kind, str(error))
-                dist.broadcast_object_list(answer, src=0, group=self.group)
+                dist.broadcast_object_list(answer, src=0, group=group)
                 raise
-        dist.broadcast_object_list(answer, src=0, group=self.group)
+        dist.broadcast_object_list(answer, src=0, group=group)
         if answer[1] is not None:
             kind, message = answer[1]
             raise kind(message)
@@ -111,7 +118,7 @@ class Processes:
     def first_then_all(self, function: Callable[[], T]) -> T:
         """Call a function in the first process, then in the others, which find what it left in caches."""
         result: list[T] = []
-        self.from_first(lambda: result.append(function()))
+        self._from_first(lambda: result.append(function()), self.patient_group)
         return result[0] if self.first else function()
 
     def agree(self, what: str, value: str) -> None:
@@ -146,21 +153,21 @@ class Processes:
 
     def _roll_call(self, where: str, error: Exception) -> str:
         """Say here that this process waits, and name those that do not say so."""
-        missing = ""
+        others = [rank for rank in range(self.size) if rank != self.rank]
         with contextlib.suppress(RuntimeError):
             store = _store()
-            store.set(_key(f"waits/{self.rank}"), where)
+            store.set(_key(f"waits/{self.rank}"), "")
             end = time.monotonic() + _ROLL_CALL
-            others = [rank for rank in range(self.size) if rank != self.rank]
             while others and time.monotonic() < end:
                 others = [rank for rank in others if not store.check([_key(f"waits/{rank}")])]
                 time.sleep(0.1)
-            missing = ", ".join(map(str, others))
-        who = f"process {missing} died or hangs" if missing else "another process died or the network failed"
-        reason = str(error).splitlines()[0][:200]
+        if others:
+            who = f"process {', '.join(map(str, others))} of {self.size} died or hangs"
+        else:
+            who = f"the connection between the processes failed ({str(error).splitlines()[0][:200]})"
         return (
-            f"process {self.rank} waited in vain {where}: {who}. A process waits at most {self.timeout:g} s "
-            f"(--timeout); the run continues from its last checkpoint with --resume auto. [{reason}]"
+            f"{where}: {who}. The others wait for at most {self.timeout:g} s (--timeout). The run continues from its "
+            "last checkpoint with the same command and --resume auto."
         )
 
 
@@ -199,14 +206,28 @@ def join(timeout: float) -> Iterator[Processes]:
     # Where gradients go another way than what is said here, it gives up later, so that the message comes from here.
     limit = datetime.timedelta(seconds=timeout)
     if mine:
-        dist.init_process_group(backend, timeout=limit if backend == "gloo" else 1.5 * limit)
+        _connect(backend, limit if backend == "gloo" else 1.5 * limit)
     try:
-        group = dist.new_group(backend="gloo", timeout=limit)
-        yield Processes(dist.get_rank(), dist.get_world_size(), group, timeout)
+        groups = [dist.new_group(backend="gloo", timeout=factor * limit) for factor in (1, _PATIENCE)]
+        yield Processes(dist.get_rank(), dist.get_world_size(), groups[0], groups[1], timeout)
+    except LostProcess:
+        mine = False  # taking the group down would wait for the lost one
+        raise
     finally:
         if mine:
-            # Not the last barrier of a process that failed: the others would wait in it.
             dist.destroy_process_group()
+
+
+def _connect(backend: str, limit: datetime.timedelta) -> None:
+    store, rank = None, int(os.environ["RANK"])
+    try:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # The store outlives a restart, and addresses of processes that are gone must not be read from it. (torch
+            # does read them: its own first message then goes to a process that is no more.)
+            store = dist.PrefixStore(_key(f"group/{next(_GROUPS)}"), _store())
+        dist.init_process_group(backend, store=store, rank=rank, world_size=launched(), timeout=limit)
+    except (RuntimeError, ValueError) as error:
+        raise LostProcess(f"process {rank} of {launched()} could not reach the others: {error}") from error
 
 
 def first_to_say(message: str) -> bool:

@@ -20,7 +20,7 @@ from subspan.train.lock import LOCK_FILE, RunLock
 from subspan.train.processes import launched
 from subspan.train.trainer import CHECKPOINT, PROGRESS_FILE
 
-__all__ = ["RunFolder", "claim", "data_fingerprint", "open_run_folder", "run_path", "shared_batch"]
+__all__ = ["RunFolder", "check_space", "claim", "data_fingerprint", "open_run_folder", "run_path", "shared_batch"]
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -142,24 +142,17 @@ def open_run_folder(config: PretrainConfig) -> RunFolder:
     return RunFolder(path, whole[-1][1] if whole else None)
 
 
-def claim(folder: RunFolder, lock: RunLock, checkpoint_bytes: int, keep: int) -> None:
-    """Take the folder for a run: create it, lock it, and see that it can be written to and will hold the checkpoints.
-
-    Args:
-        folder: of the run.
-        lock: on it.
-        checkpoint_bytes: weights and optimizer state of one checkpoint.
-        keep: checkpoints that are kept; there is one more while the newest is written.
+def claim(folder: RunFolder, lock: RunLock) -> None:
+    """Take the folder for a run: create it, lock it, and see that it can be written to.
 
     Raises:
-        ValueError: it cannot be written to, another run has it, or the disk is too full.
+        ValueError: it cannot be written to, or another run has it.
     """
     path = folder.path
     late = not lock.held
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock.take()
-        lock.sign()
         # The lock's file may be there already in a folder where nothing can be added.
         with tempfile.NamedTemporaryFile(dir=path, suffix=".tmp"):
             pass
@@ -169,12 +162,25 @@ def claim(folder: RunFolder, lock: RunLock, checkpoint_bytes: int, keep: int) ->
         ) from error
     if late and (path / CONFIG_FILE).exists():
         raise ValueError(f"another run has just been written to {path}: choose another --output.")
-    missing = keep + 1 - len(list(path.glob("checkpoint-*")))
-    needed, free = max(0, missing) * checkpoint_bytes, shutil.disk_usage(path).free
+
+
+def check_space(folder: RunFolder, checkpoint_bytes: int, keep: int) -> None:
+    """Check that the disk has room for the checkpoints.
+
+    Args:
+        folder: of the run.
+        checkpoint_bytes: weights and optimizer state of one checkpoint.
+        keep: checkpoints that are kept; there is one more while the newest is written.
+
+    Raises:
+        ValueError: it has not.
+    """
+    missing = max(0, keep + 1 - len(list(folder.path.glob("checkpoint-*"))))
+    needed, free = missing * checkpoint_bytes, shutil.disk_usage(folder.path).free
     if needed > free:
         raise ValueError(
-            f"{missing} more checkpoints take {needed:,} bytes and the disk of {path} has {free:,} left: make room, "
-            "lower --keep_checkpoints, or choose another --output."
+            f"{missing} more checkpoints take {needed:,} bytes and the disk of {folder.path} has {free:,} left: make "
+            "room, lower --keep_checkpoints, or choose another --output."
         )
 
 

@@ -81,6 +81,7 @@ class PretrainTrainer(Trainer):
         self.progress = progress
         self.processes = processes
         self.step_loss: torch.Tensor | float = 0.0
+        self._draws_from: Any = None
         self.seconds = 0.0
         self.gradient_bytes = 0
         self._mark = 0.0
@@ -129,6 +130,20 @@ class PretrainTrainer(Trainer):
         self._norm_is_exact = norm.exact
         return torch.tensor(norm.value)
 
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """Train; see `transformers.Trainer`."""
+        self._draws_from = resume_from_checkpoint if isinstance(self.train_dataset, StreamedDataset) else None
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Fetch the batches of a step; of a stream that is continued, the first ones without a trace."""
+        batches = super().get_batch_samples(*args, **kwargs)
+        if self._draws_from is not None:
+            # The loader drew a number when it was started, which in the run of the checkpoint it did at step 0.
+            self._load_rng_state(self._draws_from)
+            self._draws_from = None
+        return batches
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Train on one batch, and add its part to the loss of the step."""
         loss = super().training_step(*args, **kwargs)
@@ -143,6 +158,7 @@ class PretrainTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add tokens, speed, memory and perplexity to what the Trainer logs."""
         if "loss" in logs:
+            self._tr_loss.zero_()  # the Trainer subtracts it from itself, which leaves NaN of NaN
             tokens = self.state.global_step * self.tokens_per_step
             logs["tokens"] = tokens
             logs["tokens_per_second"] = tokens / self.seconds if self.seconds else 0.0
