@@ -45,6 +45,7 @@ from subspan.linalg.spectrum import (
 )
 from subspan.linalg.structured import OuterProductOperator, SumOperator, TransposedOperator
 from subspan.linalg.subspace import MethodChoice, SubspaceMethod, choose_method, subspace
+from subspan.linalg.summed import SummedOperator
 from subspan.linalg.tensors import TuckerResult, TwoSidedResult, hosvd, st_hosvd, two_sided_range_finder, unfold
 from subspan.linalg.tolerance import AdaptiveResult, FixedPrecision
 from subspan.linalg.tracking import dct_basis, grassmann_step, largest_rows, oja_step, power_step, svd_update
@@ -66,6 +67,7 @@ __all__ = [
     "SketchKind",
     "SubspaceMethod",
     "SumOperator",
+    "SummedOperator",
     "TransposedOperator",
     "TuckerResult",
     "TwoSidedResult",
