@@ -11,6 +11,7 @@ from torch import Tensor
 
 from subspan.linalg import MatrixOperator
 from subspan.optim.fused import BackwardFusion, refuse_processes
+from subspan.optim.groups import is_projected
 from subspan.optim.late import Folded
 from subspan.optim.matrix import oriented
 from subspan.optim.method import Found
@@ -38,6 +39,20 @@ class Averaged(Refreshing):
     def folds(self) -> bool:
         """Whether a step needs no more of gradients than their projections; `fuse_into_backward` then folds them."""
         return self.method.lift is not None and not self.method.lift.needs_gradient
+
+    @property
+    def fused(self) -> bool:
+        """Whether gradients are taken in backward."""
+        return self._fusion is not None
+
+    def projected_entries(self) -> list[Entry]:
+        """All projected parameters, in the order of the groups."""
+        groups = [group for group in self.param_groups if is_projected(group)]
+        return [(name, parameter, group) for group in groups for name, parameter in self._named(group)]
+
+    def projects_right(self, entry: Entry) -> bool:
+        """Whether the columns of a parameter are its projected side."""
+        return self._right(entry[1], entry[2])
 
     def average_with(self, average: Average) -> None:
         """From now on ``average`` is called with what was folded in backward, whenever it is looked at."""
@@ -96,19 +111,19 @@ class Averaged(Refreshing):
         return replace(found, tensors=held, projected=found.projected if as_found else None)
 
     def room_for(self, entry: Entry, rank: int | None) -> Found:
-        """Tensors for the subspace, of this rank where the search decides on it, that another process finds."""
-        specs = self._found_specs(entry, rank)
-        return Found(
-            {key: replace(spec, codec=None).allocate(entry[1].device) for key, spec in specs.items()}, rank=rank
-        )
+        """Tensors for a subspace that another process finds, and for R; the rank where the search decides on it."""
+        name, parameter, group = entry
+        geometry = self._found_geometry(name, parameter, Found({}, rank=rank), group)
+        specs, device = self._found_specs(entry, rank), parameter.device
+        tensors = {key: replace(spec, codec=None).allocate(device) for key, spec in specs.items()}
+        R = torch.zeros(*geometry.batch, geometry.rank, geometry.n, dtype=geometry.dtype, device=device)
+        return Found(tensors, R, rank)
 
     def project_with(self, entry: Entry, found: Found, gradient: Tensor) -> Tensor:
         """R of the gradient of this process in a subspace that was found, and is not in force yet."""
         name, parameter, group = entry
-        geometry = self._found_geometry(name, parameter, found, group)
-        return self.method.projection(found.tensors, geometry).project(
-            oriented(gradient, self._right(parameter, group))
-        )
+        projection = self.method.projection(found.tensors, self._found_geometry(name, parameter, found, group))
+        return projection.project(oriented(gradient, self._right(parameter, group)))
 
     def _found_specs(self, entry: Entry, rank: int | None) -> dict[str, StateSpec]:
         name, parameter, group = entry
