@@ -133,13 +133,16 @@ class Refreshing(StoredOptimizer):
     def _refresh(
         self, name: str, parameter: Tensor, operator: MatrixOperator, group: dict[str, Any], step: int
     ) -> Tensor | None:
-        """Choose the subspace anew and carry the moments over; returns this step's projected gradient if known."""
+        """Choose the subspace anew and carry the moments over; returns this step's projected gradient if known.
+
+        ``operator`` is the oriented gradient.
+        """
         return self._go_over(name, parameter, self._find(name, parameter, operator, group, step), group, step)
 
     def _find(self, name: str, parameter: Tensor, operator: MatrixOperator, group: dict[str, Any], step: int) -> Found:
         """The subspace for the gradient behind ``operator``; changes nothing."""
         assert self.method.subspace is not None
-        state = self.state[parameter]
+        state = self._state(parameter)
         geometry = self._geometry(name, parameter, group, state, refresh=True)
         assert geometry is not None
         if not geometry.projected:
@@ -149,7 +152,7 @@ class Refreshing(StoredOptimizer):
 
     def _go_over(self, name: str, parameter: Tensor, found: Found, group: dict[str, Any], step: int) -> Tensor | None:
         """Go over to the subspace that was found, carrying the moments; returns its projected gradient if known."""
-        method, state = self.method, self.state[parameter]
+        method, state, shards = self.method, self._state(parameter), self._shards(name, parameter, group)
         assert method.subspace is not None and method.refresh is not None and method.transport is not None
         refreshes = int(state["refreshes"])
         tensors = opened(state, self._specs(name, parameter, group, state))
@@ -157,11 +160,14 @@ class Refreshing(StoredOptimizer):
         specs = method.specs(geometry, parameter.shape, state_dtype(parameter), group)
         # What projects is what is held.
         new = {key: rounded(specs[key], X) for key, X in found.tensors.items()} if method.subspace.stored else {}
+        new = {key: shards.piece(key, specs[key], X) for key, X in new.items()}
         if refreshes > 0:
-            method.transport.carry(tensors, specs, new, step)
+            divided = "basis" in specs and shards.sharded_dim("basis", specs["basis"]) is not None
+            method.transport.carry(tensors, specs, new, step, *((shards.total,) if divided else ()))
         if refreshes > 0 and new:
             method.refresh.compare(tensors, tensors, new, group)
-        self._fit(tensors, specs, found.projected, parameter.device)
+        if shards.mesh is None:  # ranks of divided parameters do not change
+            self._fit(tensors, specs, found.projected, parameter.device)
         for key, tensor in new.items():
             tensors[key].copy_(tensor)
         close(state, specs, tensors)
@@ -170,11 +176,11 @@ class Refreshing(StoredOptimizer):
         state["refreshes"] += 1
         due = method.refresh.next_refresh(step, refreshes == 0, lambda: self._place(name), group, state)
         state["next_refresh"].fill_(due)
-        return None if any(specs[key].codec is not None for key in new) else found.projected
+        return None if any(specs[key].codec is not None for key in new) else shards.own_columns(found.projected)
 
     def _found_geometry(self, name: str, parameter: Tensor, found: Found, group: dict[str, Any]) -> Geometry:
         """Geometry from this refresh on."""
-        geometry = self._geometry(name, parameter, group, self.state[parameter], refresh=True)
+        geometry = self._geometry(name, parameter, group, self._state(parameter), refresh=True)
         assert geometry is not None
         return geometry if found.rank is None else replace(geometry, rank=found.rank)
 
