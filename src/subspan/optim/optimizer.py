@@ -12,13 +12,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from subspan.optim.averaged import Average
 from subspan.optim.executor import Executor
-from subspan.optim.fused import BackwardFusion
+from subspan.optim.fused import BackwardFusion, refuse_processes
 from subspan.optim.groups import check_group, is_projected, unknown_setting
 from subspan.optim.late import Folded
 from subspan.optim.method import Method, Roster
 from subspan.optim.param_groups import GROUPING, param_groups
 from subspan.optim.screen import nonfinite_gradients
+from subspan.optim.sharding import squared_norm
+from subspan.optim.shards import local
 from subspan.optim.slots import GradientSlots
 
 
@@ -82,7 +85,10 @@ class LowRankOptimizer(Executor):
         self._warned: set[str] = set()
         self._bound: dict[str, Tensor] = {}
         self._cached_roster: Roster | None = None
+        self.divides_bases = False
         self._folded: dict[str, Folded] = {}
+        self._local: dict[str, Folded] = {}
+        self._average: Average | None = None
         self._stepped: dict[str, Tensor] = {}
         self._slots: dict[str, GradientSlots] = {}
         self._sharing: dict[str, tuple[str, ...]] = {}
@@ -108,8 +114,11 @@ class LowRankOptimizer(Executor):
         Call it once, before the first backward and before a state is loaded (a checkpoint says which refresh it was
         written with). A copy of the optimizer refreshes late and is not fused; what was folded is not copied.
 
+        With more than one process call `subspan.distributed.exclude_from_ddp` too; methods that update inside backward
+        are refused then.
+
         Raises:
-            RuntimeError: more than one process.
+            RuntimeError: more than one process, and a method that needs the gradient itself.
             ValueError: subspaces that need the whole gradient (``svd="exact"``, ``rank_policy="tolerance"``).
 
         Example:
@@ -126,6 +135,7 @@ class LowRankOptimizer(Executor):
             return
         method = self.method
         if not self.folds:
+            refuse_processes(self.folds)
             self._fusion = BackwardFusion(self, self._everything, self._step_now)
             return
         assert method.subspace is not None and method.refresh is not None
@@ -138,6 +148,24 @@ class LowRankOptimizer(Executor):
                 if "refreshes" in state:
                     state["turned"] = torch.ones((), dtype=torch.int64)
         self._fusion = BackwardFusion(self, self._projected, self._fold_in_backward)
+
+    def divide_bases(self) -> None:
+        """Divide all bases over the processes of `fully_shard`, and gather each one when it is used.
+
+        Without it every process holds the whole basis of a matrix that is projected from the right, which then steps
+        without a word to the others. Divided, the state of a process is its share of all of it, for one gather of m·r
+        numbers a step and matrix. A matrix that is projected from the left has a divided basis in any case.
+
+        Call it before the first step and before a state is loaded.
+
+        Raises:
+            RuntimeError: there is a state already.
+        """
+        if self.state:
+            raise RuntimeError(
+                "divide_bases() comes too late: the state is there already; call it before the first step"
+            )
+        self.divides_bases = True
 
     def attach_slots(self, name: str) -> GradientSlots | None:
         """Slots in which a layer leaves the projected gradient of the parameter ``name`` in place of its gradient.
@@ -187,11 +215,6 @@ class LowRankOptimizer(Executor):
         """The projected parameters by name."""
         return {name: parameter for name, parameter, _ in self._projected()}
 
-    @property
-    def folds(self) -> bool:
-        """Whether `fuse_into_backward` folds gradients; else it updates inside backward."""
-        return self.method.lift is not None and not self.method.lift.needs_gradient
-
     def planned_gradient_bytes(self, micro_batches: int = 1) -> int:
         """Bytes of gradients before the first step, which needs the most: all sketches are due.
 
@@ -206,7 +229,7 @@ class LowRankOptimizer(Executor):
                 continue
             geometry = self._geometry(name, parameter, group, self._state(parameter))
             if self._fusion is None or geometry is None:
-                total += parameter.numel() * parameter.itemsize
+                total += local(parameter).numel() * parameter.itemsize
                 continue
             assert self.method.subspace is not None
             sketched = geometry.projected and self.method.subspace.at(0, group).sees == "sketch"
@@ -221,12 +244,12 @@ class LowRankOptimizer(Executor):
     def gradient_bytes(self) -> int:
         """Bytes of gradients that are allocated now, whole ones and what was folded of them."""
         tensors = [parameter.grad for parameter in self._with_grad()] + self.folded_tensors()
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
+        return sum(local(tensor).untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
     def folded_tensors(self) -> list[Tensor]:
         """What is held of gradients that are not in ``.grad``: projections and sketches, in no order."""
         tensors: list[Tensor | None] = []
-        for item in self._folded.values():
+        for item in [*self._folded.values(), *self._local.values()]:
             tensors += [item.projected, item.sketch]
         for slots in self._slots.values():
             tensors += [slots.R.value, slots.Y.value]
@@ -241,7 +264,8 @@ class LowRankOptimizer(Executor):
         return (item for item in self._everything() if is_projected(item[2]))
 
     def _fold_in_backward(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
-        if self.nonfinite == "raise" and nonfinite_gradients([(name, parameter)]):
+        # Not where other processes would wait for this one: all of them see it in the average.
+        if self.nonfinite == "raise" and self._average is None and nonfinite_gradients([(name, parameter)]):
             self._folded.clear()
             raise FloatingPointError(f"{name}: the gradient holds NaN or Inf; nothing was changed")
         self._fold(name, parameter, group)
@@ -275,7 +299,7 @@ class LowRankOptimizer(Executor):
             one, and those that were never formed, are known in their subspaces alone.
         """
         self._take_slots()
-        squares = [torch.linalg.vector_norm(p.grad, dtype=torch.float32).double().square() for p in self._with_grad()]
+        squares = [squared_norm(p.grad) for p in self._with_grad() if p.grad is not None]
         squares += [item.norm_squared() for item in self._folded.values()]
         squares += self._stepped.values()
         exact = all(item.norm_is_known for item in self._folded.values())
@@ -313,6 +337,7 @@ class LowRankOptimizer(Executor):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, folded ones too; updates that were made in backward stay."""
         self._folded.clear()
+        self._local.clear()
         for slots in self._slots.values():
             slots.clear()
         super().zero_grad(set_to_none)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from subspan.linalg import (
+    DividedOperator,
     MatrixOperator,
     adaptive_range_finder,
+    divided_range_finder,
     exact_basis,
     gaussian_sketch,
     orthonormalize,
@@ -62,6 +64,9 @@ class RandomizedSVD(OrthonormalBasis):
     def find(
         self, operator: MatrixOperator, geometry: Geometry, *, generator: torch.Generator, step: int, group: Group
     ) -> Found:
+        if isinstance(operator, DividedOperator) and not self.n_oversamples and not self.n_iter:
+            result = divided_range_finder(operator, geometry.rank, generator=generator)
+            return Found({"basis": result.basis.to(geometry.dtype)}, result.projected)
         result = range_finder(
             operator,
             geometry.rank,
