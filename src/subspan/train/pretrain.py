@@ -83,6 +83,8 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> RunSu
     trainer.add_callback(MetricsCallback(metrics))
     trainer.add_callback(RanksCallback(metrics, trainer.low_rank_optimizer))
     show_start(console, config, model, trainer.low_rank_optimizer, data, folder.path, folder.step)
+    for message in folder.skipped:
+        console.print(message, style="yellow", markup=False, highlight=False)
     if changed_versions:
         console.print(
             f"[yellow]Not the versions that the run was started with ({'; '.join(changed_versions)}): "
