@@ -135,7 +135,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "a", model())
     with pytest.raises(ValueError, match=r"another model: 0.weight is torch.float32 \(32, 64\), in this .*\(24, 64\)"):
         load_checkpoint(folder, model(hidden=24))
-    with pytest.raises(ValueError, match="in this model torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"in this model torch\.bfloat16"):
         load_checkpoint(folder, model().bfloat16())
     with pytest.raises(ValueError, match=r"0.weight is missing|4.weight is missing"):
         load_checkpoint(folder, nn.Sequential(*model(), nn.Linear(16, 2), nn.Linear(2, 2)))
@@ -304,7 +304,7 @@ def test_an_error_of_the_disk_at_any_time(moment: str, tmp_path: Path, monkeypat
             patch.setattr(staging_module, "digest_file", full)
         else:
             patch.setattr(os, "rename", full)
-        with pytest.raises(CheckpointWriteError, match="checkpoint-2 could not be written: .*No space left on device"):
+        with pytest.raises(CheckpointWriteError, match=r"checkpoint-2 could not be written: .*No space left on device"):
             save_checkpoint(tmp_path / "checkpoint-2", model())
     assert os.listdir(tmp_path) == ["checkpoint-1"]
     save_checkpoint(tmp_path / "checkpoint-2", model())

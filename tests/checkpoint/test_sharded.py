@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from subspan.checkpoint import CheckpointWriteError, load_checkpoint, save_checkpoint, verify
-from subspan.checkpoint import save as save_module
 from tests.checkpoint.models import Payload
 
 
@@ -48,7 +49,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: 
 
 
 def group(rank: int, world: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store-{world}", rank=rank, world_size=world)
+    store = f"file://{folder}/store-{world}"
+    dist.init_process_group("gloo", store, timedelta(seconds=60), rank=rank, world_size=world)
 
 
 def worker(rank: int, folder: Path) -> None:
@@ -64,24 +66,19 @@ def worker(rank: int, folder: Path) -> None:
     answers["4 again"] = train(again, other, 3, seed=2)
     load_checkpoint(folder / "single" / "checkpoint-3", again, other)
     answers["single to 4"] = train(again, other, 3, seed=2)
-    before = sorted(path.name for path in (folder / "of4").rglob("*"))
 
     # A disk that is full in one process is an error in all, and none waits for ever.
     def full(*arguments: object, **keywords: object) -> None:
         raise OSError(28, "No space left on device")
 
-    try:
+    with pytest.MonkeyPatch.context() as patch:
         if rank == 2:
-            save_module.write_sharded, kept = full, save_module.write_sharded  # type: ignore[assignment]
-        original = dist.get_rank
-        save_checkpoint(folder / "of4" / "checkpoint-6", model, optimizer)
-        assert original
-    except (CheckpointWriteError, RuntimeError) as error:
-        answers["full"] = str(error)
-    finally:
-        if rank == 2:
-            save_module.write_sharded = kept
-    answers["unharmed"] = sorted(path.name for path in (folder / "of4").rglob("*")) == before
+            patch.setattr(HuggingFaceStorageWriter, "write_data", full)
+        with pytest.raises(CheckpointWriteError) as caught:
+            save_checkpoint(folder / "of4" / "checkpoint-6", model, optimizer)
+    answers["full"] = str(caught.value)
+    dist.barrier()
+    answers["unharmed"] = sorted(path.name for path in (folder / "of4").rglob("*"))
     dist.destroy_process_group()
 
     if rank < 2:
@@ -101,12 +98,15 @@ def test_to_and_from_other_numbers_of_processes(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "single" / "checkpoint-3", model, optimizer)
     expected = train(model, optimizer, 3, seed=2)
     mp.spawn(worker, args=(tmp_path,), nprocs=4)
+    shards4 = {path.name for path in (tmp_path / "of4" / "checkpoint-3").glob("*.safetensors")}
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
     for rank, answers in enumerate(found):
         assert answers.pop("extra") == {"epoch": 2}
         message = answers.pop("full")
         assert "checkpoint-6 could not be written by process 2" in message and "No space left" in message
-        assert answers.pop("unharmed")
+        assert (
+            set(answers.pop("unharmed")) == {"checkpoint-3", "manifest.json", "optimizer.json", "extra.json"} | shards4
+        )
         assert answers["4"] == answers["4 again"], "bit for bit"
         assert answers.keys() - {"4 to 2"} == {"4", "4 again", "single to 4"}
         assert ("4 to 2" in answers) == (rank < 2)

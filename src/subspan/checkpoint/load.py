@@ -19,7 +19,7 @@ from subspan.optim import LowRankOptimizer
 from subspan.optim.carry import carried
 from subspan.optim.names import canonical_name
 
-__all__ = ["load_checkpoint", "read_document", "read_optimizer"]
+__all__ = ["check_model", "load_checkpoint", "load_weights", "read_document", "read_optimizer"]
 
 _ADVICE = ". With carry_over=True what fits would be taken over"
 
@@ -58,13 +58,26 @@ def load_checkpoint(
     held = held_tensors(folder)
     tied = read_plain(folder / TIED) if (folder / TIED).is_file() else {}
     weights = {name: entry for name, entry in held.items() if "/" not in name}
-    _check_model(folder, {canonical_name(key): value for key, value in model.state_dict().items()}, weights, tied)
+    check_model(folder, model, weights, tied)
     if optimizer is not None:
         read_optimizer(folder, optimizer, model, carry_over=carry_over, held=held)
+    load_weights(folder, model)
+    return (read_plain(folder / EXTRA) if (folder / EXTRA).is_file() else None) or {}
+
+
+def load_weights(folder: Path, model: nn.Module) -> None:
+    """Load the weights of a checkpoint whose files have been checked; see `load_checkpoint`.
+
+    Raises:
+        ValueError: they are those of another model.
+    """
+    tensors, _ = model_tensors(model)
+    tied = read_plain(folder / TIED) if (folder / TIED).is_file() else {}
+    weights = {name: entry for name, entry in held_tensors(folder).items() if "/" not in name}
+    check_model(folder, model, weights, tied)
     saved = read_tensors(folder, {name: empty_like(entry, tensors.get(name)) for name, entry in weights.items()})
     saved |= {name: saved[first] for name, first in tied.items()}
     model.load_state_dict({key: saved[canonical_name(key)] for key in model.state_dict()})
-    return (read_plain(folder / EXTRA) if (folder / EXTRA).is_file() else None) or {}
 
 
 def _verify(folder: Path, *, together: bool) -> Report:
@@ -81,7 +94,13 @@ def _verify(folder: Path, *, together: bool) -> Report:
     return Report(folder, tuple(dict.fromkeys(problem for part in problems for problem in part)), listed.manifest)
 
 
-def _check_model(folder: Path, expected: dict[str, Tensor], held: dict[str, Held], tied: dict[str, str]) -> None:
+def check_model(folder: Path, model: nn.Module, held: dict[str, Held], tied: dict[str, str]) -> None:
+    """Compare the names, shapes and dtypes of a model's state with those that a checkpoint holds.
+
+    Raises:
+        ValueError: they differ; the message says how.
+    """
+    expected = {canonical_name(key): value for key, value in model.state_dict().items()}
     known = held | {name: held[first] for name, first in tied.items() if first in held}
     differing = [f"{name} is missing" for name in expected if name not in known]
     differing += [f"{name} is not in this model" for name in known if name not in expected]

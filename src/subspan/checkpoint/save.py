@@ -15,7 +15,7 @@ from subspan.checkpoint.staging import processes, staged
 from subspan.checkpoint.states import is_sharded, model_tensors, optimizer_document, state_names
 from subspan.checkpoint.tensors import write_sharded, write_whole
 
-__all__ = ["EXTRA", "MODEL", "OPTIMIZER", "OPTIMIZER_JSON", "TIED", "save_checkpoint", "write_optimizer"]
+__all__ = ["EXTRA", "MODEL", "OPTIMIZER", "OPTIMIZER_JSON", "TIED", "save_checkpoint", "write_optimizer", "write_parts"]
 
 MODEL = "model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -67,11 +67,7 @@ def save_checkpoint(
     """
     target = Path(folder)
     tensors, tied = model_tensors(model)
-    document: dict[str, Any] | None = None
-    state: dict[str, torch.Tensor] = {}
-    if optimizer is not None:
-        document, state = optimizer_document(optimizer, state_names(optimizer, model))
-    together = is_sharded(tensors) or is_sharded(state)
+    together = is_sharded(tensors)
     to_plain(extra, "extra")
     if not together and processes() > 1 and dist.get_rank() != 0:
         return target
@@ -80,18 +76,31 @@ def save_checkpoint(
         job.eval_loss = eval_loss
         if together:
             job.layout = "sharded"
-            write_sharded(job.folder, tensors | state)
+            write_parts(job.folder, model, optimizer)
         else:
             write_whole(job.folder / MODEL, tensors)
-        if not together or dist.get_rank() == 0:
             if tied:
                 write_plain(job.folder / TIED, tied)
-            if document is not None:
-                write_plain(job.folder / OPTIMIZER_JSON, document)
-            if document is not None and not together:
-                write_whole(job.folder / OPTIMIZER, state)
+            if optimizer is not None:
+                write_optimizer(job.folder, optimizer, model)
+        if not together or dist.get_rank() == 0:
             write_plain(job.folder / EXTRA, extra)
     return target
+
+
+def write_parts(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Write what each process holds of a model and its optimizer into a folder, as `save_checkpoint` does."""
+    tensors, tied = model_tensors(model)
+    document = None
+    if optimizer is not None:
+        document, state = optimizer_document(optimizer, state_names(optimizer, model))
+        tensors |= state
+    write_sharded(folder, tensors)
+    if dist.get_rank() == 0:
+        if tied:
+            write_plain(folder / TIED, tied)
+        if document is not None:
+            write_plain(folder / OPTIMIZER_JSON, document)
 
 
 def write_optimizer(folder: Path, optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> None:

@@ -12,7 +12,6 @@ from typing import TypeVar
 
 import torch.distributed as dist
 from safetensors import SafetensorError
-from torch.distributed.checkpoint import CheckpointException
 
 from subspan.checkpoint.manifest import MANIFEST, FileEntry, Manifest, digest_file, listed_files
 
@@ -163,7 +162,7 @@ def _agreed(target: Path, job: Staged, together: bool) -> Iterator[None]:
     _shared(None, together)  # every process has looked before the folder goes
     if not together or dist.get_rank() == 0:
         _discard(job.folder)
-    if own is not None and not isinstance(own, OSError | SafetensorError | CheckpointException):
+    if own is not None and not isinstance(own, OSError | SafetensorError):
         raise own
     who = f" by process {failed}" if together else ""
     raise CheckpointWriteError(

@@ -39,7 +39,11 @@ def write_sharded(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     index, and none in the form of a pickle.
     """
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    dcp.save(dict(tensors), storage_writer=writer)
+    try:
+        dcp.save(dict(tensors), storage_writer=writer)
+    except dcp.CheckpointException as error:  # every process gets it, and it is no Exception
+        if dist.get_rank() in error.failures:
+            raise error.failures[dist.get_rank()][0] from error
 
 
 def held_tensors(folder: Path) -> dict[str, Held]:
@@ -56,13 +60,19 @@ def read_tensors(folder: Path, into: dict[str, Tensor]) -> dict[str, Tensor]:
     Args:
         folder: of the checkpoint.
         into: tensors of the shapes and dtypes that the checkpoint holds under their names.
+
+    Raises:
+        ValueError: a file that cannot be read, in any of the processes.
     """
-    # A tensor that is divided unevenly may leave a process nothing to read.
     alone = not (dist.is_available() and dist.is_initialized() and is_sharded(into))
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(into, storage_reader=HuggingFaceStorageReader(str(folder)), planner=planner, no_dist=alone)
+        try:
+            dcp.load(into, storage_reader=HuggingFaceStorageReader(str(folder)), planner=planner, no_dist=alone)
+        except dcp.CheckpointException as error:
+            rank, failure = next(iter(error.failures.items()))
+            raise ValueError(f"{folder} cannot be read by process {rank}: {failure[0]}") from error
     return into
 
 

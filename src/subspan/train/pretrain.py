@@ -76,6 +76,8 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> RunSu
 
     trainer = build_trainer(config, folder, data, model)
     trainer.create_optimizer()
+    if config.carry_over is not None and folder.checkpoint is None:
+        trainer.carry_over(config.carry_over)
     planned = plan(model, trainer.low_rank_optimizer, config.grad_accumulation)
     # Nothing is written before all that can be refused has been looked at.
     folder.write(config, data)

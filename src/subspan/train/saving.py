@@ -15,11 +15,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
-from subspan.checkpoint import read_optimizer, rotate, staged, write_optimizer
+from subspan.checkpoint import read_optimizer, rotate, staged, verify, write_optimizer
+from subspan.checkpoint.load import load_weights
 from subspan.checkpoint.plain import read_plain, write_plain
+from subspan.checkpoint.save import write_parts
 from subspan.checkpoint.staging import STAGING
+from subspan.checkpoint.states import is_sharded
 from subspan.nn.quantised import STEPS
 from subspan.optim import LowRankOptimizer
 from subspan.train.config import PretrainConfig, write_text
@@ -74,6 +77,7 @@ class SavingTrainer(Trainer):
         try:
             with staged(run / f"checkpoint-{step}", step=step, together=together) as job:
                 job.eval_loss = self._eval_loss()
+                job.layout = "sharded" if self._is_sharded() else "single"
                 super()._save_checkpoint(model, trial)
                 progress = self.snapshot()
                 if together:
@@ -96,6 +100,25 @@ class SavingTrainer(Trainer):
                 return float(entry["eval_loss"])
         return None
 
+    def _is_sharded(self) -> bool:
+        return is_sharded(dict(self.network.named_parameters()))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model; of one that is divided over processes what makes a model of its parts."""
+        if not self._is_sharded():
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            network = self.network
+            assert isinstance(network, PreTrainedModel)
+            network.config.save_pretrained(folder)
+            if network.generation_config is not None:
+                network.generation_config.save_pretrained(folder)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(folder)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Save the model as an ordinary one, and what turns its matrices back into int8 beside it."""
         folder = Path(output_dir or str(self.args.output_dir))
@@ -113,16 +136,23 @@ class SavingTrainer(Trainer):
         A mixture of experts is saved under other names than it has in memory; the Trainer warns of missing keys, and
         goes on with the initial weights of its experts.
         """
-        target = self.network if model is None else model
+        target, folder = self.network if model is None else model, Path(resume_from_checkpoint)
+        manifest = verify(folder, files=()).raise_if_bad()
+        if manifest.layout == "sharded" or self._is_sharded():
+            load_weights(folder, target)
+            return
         dtype = next(target.parameters()).dtype
         saved = build_model(str(resume_from_checkpoint), seq_len=self.config.seq_len, dtype=dtype).state_dict()
-        if self.config.weight_storage == "int8":
-            saved |= load_file(Path(resume_from_checkpoint) / STEPS_FILE)
+        if self.config.weight_storage == "int8" and (folder / STEPS_FILE).is_file():
+            saved |= load_file(folder / STEPS_FILE)
         target.load_state_dict(saved)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self.args.should_save:
+        if self._is_sharded():
+            write_parts(Path(output_dir), self.network, self.low_rank_optimizer)
+        elif self.args.should_save:
             write_optimizer(Path(output_dir), self.low_rank_optimizer, self.network)
+        if self.args.should_save:
             assert self.lr_scheduler is not None
             write_plain(Path(output_dir) / SCHEDULER_FILE, self.lr_scheduler.state_dict())
 
@@ -131,6 +161,18 @@ class SavingTrainer(Trainer):
             read_optimizer(Path(checkpoint), self.low_rank_optimizer, self.network)
             assert self.lr_scheduler is not None
             self.lr_scheduler.load_state_dict(read_plain(Path(checkpoint) / SCHEDULER_FILE))
+
+    def carry_over(self, checkpoint: str) -> None:
+        """Start with the weights of a checkpoint and with its optimizer's state, as far as this run can use it.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            ValueError: it is not whole, or holds another model.
+        """
+        folder = Path(checkpoint).expanduser()
+        verify(folder).raise_if_bad()
+        self._load_from_checkpoint(str(folder))
+        read_optimizer(folder, self.low_rank_optimizer, self.network, carry_over=True)
 
     # bfloat16 needs no scaler of gradients, and other half precision is not offered.
     def _save_scaler(self, output_dir: str) -> None:
