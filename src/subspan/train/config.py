@@ -89,11 +89,13 @@ class PretrainConfig:
         eval_batches: Batches in an evaluation, however many devices share them.
         log_every: Steps between lines in metrics.jsonl.
         save_every: Steps between checkpoints; 0 saves at the end only.
-        keep_checkpoints: Newest checkpoints that are kept.
+        keep_checkpoints: Newest checkpoints that are kept, beside the one with the lowest loss on held-out text.
         seed: Of the weights, the order of the data and the optimizer's draws.
         output: Run folder. None: ``runs/METHOD-MODEL``, with a number after it when that exists.
         resume: ``auto`` continues from the newest checkpoint in the run folder, or starts when there is none; a path
             continues from that checkpoint; ``none`` starts afresh and never touches an existing run.
+        carry_over: Checkpoint of another run to start from: its weights, and the state of its optimizer taken over by
+            this run's method at this run's rank as far as it can be. Steps and the schedule begin anew.
         measure_memory: Trace the memory of the first two steps, and show it beside the plan at the end.
         reduce: What several processes (torchrun, accelerate launch) send each other of the gradients of projected
             matrices: projected, the projections, where the method needs no more (GaLore, GoLore and those in 8 bits);
@@ -141,6 +143,7 @@ class PretrainConfig:
     seed: int = 0
     output: str | None = None
     resume: str = "none"
+    carry_over: str | None = None
     measure_memory: bool = False
     reduce: Literal["projected", "full", "power_sgd"] | None = None
     shard: Literal["none", "full"] = "none"

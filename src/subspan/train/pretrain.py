@@ -122,6 +122,8 @@ def _pretrain(
     processes.from_first(lambda: claim(folder, lock))
     trainer = reached.trainer = build_trainer(config, folder, data, model, processes)
     trainer.create_optimizer()
+    if config.carry_over is not None and folder.checkpoint is None:
+        trainer.carry_over(config.carry_over)
     planned = plan(model, trainer.low_rank_optimizer, trainer.args.gradient_accumulation_steps)
 
     def write() -> MetricsFile:
@@ -136,6 +138,8 @@ def _pretrain(
         trainer.add_callback(MetricsCallback(metrics))
         trainer.add_callback(RanksCallback(metrics, trainer.low_rank_optimizer))
     show_start(console, config, model, trainer, data, folder.path, folder.step)
+    for message in folder.skipped:
+        console.print(message, style="yellow", markup=False, highlight=False)
     if changed_versions:
         console.print(
             f"[yellow]Not the versions that the run was started with ({'; '.join(changed_versions)}): "

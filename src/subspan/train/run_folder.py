@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from subspan.checkpoint import latest, verify
 from subspan.train.config import PretrainConfig, differences, read_config, write_text
 from subspan.train.data import PackedDataset, TextData
 from subspan.train.lock import LOCK_FILE, RunLock
@@ -36,10 +37,12 @@ class RunFolder:
     Attributes:
         path: of the folder.
         checkpoint: whole checkpoint from which the run continues, or None for a run that starts.
+        skipped: what is wrong with newer checkpoints that are passed over, one line each.
     """
 
     path: Path
     checkpoint: Path | None = None
+    skipped: tuple[str, ...] = ()
 
     @property
     def step(self) -> int:
@@ -138,8 +141,14 @@ def open_run_folder(config: PretrainConfig) -> RunFolder:
             f"output {str(path)!r} already holds a run, and a run is never overwritten. Continue it with "
             "--resume auto, or choose another --output."
         )
-    whole = sorted((_step(folder), folder) for folder in path.glob("checkpoint-*") if _is_whole(folder))
-    return RunFolder(path, whole[-1][1] if whole else None)
+    skipped: list[str] = []
+    whole = latest(path, skipped=skipped.append)
+    if whole is None and skipped:
+        raise ValueError(
+            f"{path} has no checkpoint that is whole: {'; '.join(skipped)}. Bring one back, or start a new run with "
+            "another --output."
+        )
+    return RunFolder(path, whole, tuple(skipped))
 
 
 def claim(folder: RunFolder, lock: RunLock) -> None:
@@ -196,8 +205,8 @@ def _open_checkpoint(checkpoint: Path, output: str | None) -> RunFolder:
         raise FileNotFoundError(
             f"resume {str(checkpoint)!r}: no such checkpoint folder; give one, or auto for the newest, or none."
         )
-    if not _is_whole(checkpoint):
-        raise ValueError(f"resume {str(checkpoint)!r} is no whole checkpoint: it has no {PROGRESS_FILE}.")
+    _step(checkpoint)
+    verify(checkpoint).raise_if_bad()
     folder = checkpoint.resolve().parent
     if output is not None and Path(output).expanduser().resolve() != folder:
         raise ValueError(
@@ -252,12 +261,8 @@ def _default_folder(config: PretrainConfig) -> Path:
 def _step(checkpoint: Path) -> int:
     match = CHECKPOINT.fullmatch(checkpoint.name)
     if match is None:
-        raise ValueError(f"{checkpoint} is not called checkpoint-STEP.")
+        raise ValueError(f"resume {str(checkpoint)!r} is not called checkpoint-STEP; give a checkpoint of a run.")
     return int(match[1])
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    return CHECKPOINT.fullmatch(checkpoint.name) is not None and (checkpoint / PROGRESS_FILE).is_file()
 
 
 def _versions() -> dict[str, str]:

@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
-import shutil
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from subspan.linalg import seeded_generator
-from subspan.nn.quantised import STEPS
-from subspan.optim import LowRankOptimizer
-from subspan.train.config import PretrainConfig, write_text
+from subspan.train.config import PretrainConfig
 from subspan.train.data import StreamedDataset
 from subspan.train.faults import FaultsCallback
 from subspan.train.loss import chunked_loss
 from subspan.train.optimizer import build_optimizer, check_optimizer
-from subspan.train.presets import build_model
 from subspan.train.processes import ALONE, Processes
 from subspan.train.ranks import varying_ranks
+from subspan.train.saving import PROGRESS_FILE, STEPS_FILE, SavingTrainer
 
-__all__ = ["CHECKPOINT", "PROGRESS_FILE", "STAGING", "PretrainTrainer", "peak_memory_bytes"]
+__all__ = ["CHECKPOINT", "PROGRESS_FILE", "STEPS_FILE", "PretrainTrainer", "peak_memory_bytes"]
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-#: What the Trainer's own files do not hold; written last, so a checkpoint without it is not whole.
-PROGRESS_FILE = "progress.json"
-STAGING = ".incomplete"
-#: The steps of weights in int8, which the matrices in model.safetensors were multiplied by.
-STEPS_FILE = "int8_steps.safetensors"
 
 
 def peak_memory_bytes() -> int:
@@ -57,7 +44,7 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-class PretrainTrainer(Trainer):
+class PretrainTrainer(SavingTrainer):
     """Trainer that saves checkpoints whole or not at all and resumes to the very same numbers.
 
     On top of the Trainer's own files a checkpoint holds `PROGRESS_FILE`: the losses not yet logged, the seconds
@@ -95,19 +82,6 @@ class PretrainTrainer(Trainer):
         self.add_callback(self.faults)
 
     @property
-    def low_rank_optimizer(self) -> LowRankOptimizer:
-        """The optimizer without accelerate's wrapper."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        assert isinstance(optimizer, LowRankOptimizer)
-        return optimizer
-
-    @property
-    def network(self) -> nn.Module:
-        """The model without a wrapper."""
-        assert isinstance(self.model, nn.Module)
-        return self.model
-
-    @property
     def tokens_per_step(self) -> int:
         """Tokens in an optimizer step."""
         sequences = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
@@ -130,10 +104,10 @@ class PretrainTrainer(Trainer):
         self._norm_is_exact = norm.exact
         return torch.tensor(norm.value)
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; see `transformers.Trainer`."""
         self._draws_from = resume_from_checkpoint if isinstance(self.train_dataset, StreamedDataset) else None
-        return super().train(resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Fetch the batches of a step; of a stream that is continued, the first ones without a trace."""
@@ -254,70 +228,12 @@ class PretrainTrainer(Trainer):
         self._mark = time.perf_counter()
         return metrics
 
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return os.path.join(folder, STAGING) if self._staging else folder
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load the weights as transformers loads a model: the Trainer itself takes the names in the files for its own.
-
-        A mixture of experts is saved under other names than it has in memory; the Trainer warns of missing keys, and
-        goes on with the initial weights of its experts.
-        """
-        target = self.network if model is None else model
-        dtype = next(target.parameters()).dtype
-        saved = build_model(str(resume_from_checkpoint), seq_len=self.config.seq_len, dtype=dtype).state_dict()
-        if self.config.weight_storage == "int8":
-            steps = Path(resume_from_checkpoint) / STEPS_FILE
-            if not steps.exists():
-                raise FileNotFoundError(f"{steps} is missing: without it the weights are not those of the run.")
-            saved |= load_file(steps)
-        target.load_state_dict(saved)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save the model as an ordinary one, and what turns its matrices back into int8 beside it."""
-        state_dict = dict(self.network.state_dict() if state_dict is None else state_dict)
-        steps = {name: state_dict.pop(name) for name in list(state_dict) if name.endswith(f".weight{STEPS}")}
-        super()._save(output_dir, state_dict)
-        if steps:
-            save_file(steps, Path(output_dir or str(self.args.output_dir)) / STEPS_FILE)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write the checkpoint into a folder that is never resumed from, and rename it when it is complete."""
-        run = Path(str(self.args.output_dir))
-        self.processes.from_first(lambda: shutil.rmtree(run / STAGING, ignore_errors=True))
-        self._staging = True
-        # Off only while training; who loads the checkpoint generates with a cache.
-        config = getattr(self.network, "config", None)
-        if config is not None:
-            config.use_cache = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = False
-            if config is not None:
-                config.use_cache = False
-        progress = self.snapshot()  # all processes have written when all have answered
-        self.processes.from_first(lambda: self._finish_checkpoint(run, progress))
-        self._mark = time.perf_counter()
-
-    def _finish_checkpoint(self, run: Path, progress: dict[str, Any]) -> None:
-        name = f"checkpoint-{self.state.global_step}"
-        write_text(run / STAGING / name / PROGRESS_FILE, json.dumps(progress))
-        if (run / name).exists():
-            shutil.rmtree(run / name)
-        os.replace(run / STAGING / name, run / name)
-        shutil.rmtree(run / STAGING)
-        saved = sorted((int(match[1]), path) for path in run.iterdir() if (match := CHECKPOINT.fullmatch(path.name)))
-        for _, path in saved[: -self.config.keep_checkpoints]:
-            shutil.rmtree(path)
-
     def snapshot(self) -> dict[str, Any]:
-        """Return what `PROGRESS_FILE` holds for the step that is reached; all processes call it."""
+        """Return what `PROGRESS_FILE` holds for the step that is reached."""
         data = self.train_dataset
         sequences = self.state.global_step * self.tokens_per_step // self.config.seq_len
         return {
-            "loss_sums": self.processes.gather(self._tr_loss.item()),
+            "loss_sum": self._tr_loss.item(),
             "last_logged_step": self._globalstep_last_logged,
             "seconds": self.seconds,
             "skipped_steps": self.low_rank_optimizer.skipped_steps,
@@ -340,15 +256,15 @@ class _Bookkeeping(TrainerCallback):
     ) -> None:
         trainer = self.trainer
         progress, processes = trainer.progress, trainer.processes
-        if processes.rank or (progress is not None and len(progress["loss_sums"]) != processes.size):
+        sums = [] if progress is None else progress.get("loss_sums", [progress["loss_sum"]])
+        if processes.rank or (progress is not None and len(sums) != processes.size):
             # Else dropout would be the same everywhere. A generator that the checkpoint holds is restored after this.
             generator = seeded_generator(trainer.config.seed, "process", processes.rank, state.global_step)
             torch.manual_seed(generator.initial_seed())
         if progress is not None:
-            sums = progress["loss_sums"]
-            loss_sum = sums[processes.rank] if len(sums) == processes.size else statistics.fmean(sums)
             # Without these two the first loss that is logged after resuming would be the mean over fewer steps.
-            trainer._tr_loss = torch.tensor(loss_sum, device=args.device)
+            own = sums[args.process_index] if len(sums) == args.world_size else statistics.fmean(sums)
+            trainer._tr_loss = torch.tensor(own, device=args.device)
             trainer._globalstep_last_logged = progress["last_logged_step"]
             trainer.seconds = progress["seconds"]
             trainer.low_rank_optimizer.skipped_steps = progress["skipped_steps"]
