@@ -35,7 +35,7 @@ _METRICS = (
     "skipped_steps",
     "bad_steps",
     "spikes",
-    "bytes_per_step",
+    "reduced_bytes",
     "mean_rank",
     "tokens_per_second",
     "peak_memory_bytes",

@@ -98,10 +98,12 @@ class PretrainConfig:
             this run's method at this run's rank as far as it can be. Steps and the schedule begin anew.
         measure_memory: Trace the memory of the first two steps, and show it beside the plan at the end.
         reduce: What several processes (torchrun, accelerate launch) send each other of the gradients of projected
-            matrices: projected, the projections, where the method needs no more (GaLore, GoLore and those in 8 bits);
-            full, the gradients; or power_sgd, torch's lossy compression at the same rank. None: projected where it can
-            be, else full.
-        shard: none, every process holds the model and the optimizer's state; or full, each holds a share (FSDP2).
+            matrices: projected, the projections, where the method needs no more (GaLore, GoLore and those in 8 bits),
+            and clipping then goes by their norm; full, the gradients; or power_sgd, torch's lossy compression at the
+            same rank. None: projected where that changes no number (``--max_grad_norm 0``, or a gradient that is
+            fused or projected), else full.
+        shard: none, every process holds the model and the optimizer's state; full, each holds a share (FSDP2) and
+            whole bases; or bases, a share of these too, for one gather of each in a step.
         timeout: Seconds that a process waits for another one before the run ends with a message.
         report_to: Log to TensorBoard or Weights & Biases too.
     """
@@ -146,7 +148,7 @@ class PretrainConfig:
     carry_over: str | None = None
     measure_memory: bool = False
     reduce: Literal["projected", "full", "power_sgd"] | None = None
-    shard: Literal["none", "full"] = "none"
+    shard: Literal["none", "full", "bases"] = "none"
     timeout: float = 600.0
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
 
@@ -179,7 +181,7 @@ class PretrainConfig:
         )
         reductions = (None, "projected", "full", "power_sgd")
         self._demand("reduce", self.reduce in reductions, "projected, full, power_sgd or null")
-        self._demand("shard", self.shard in ("none", "full"), "none or full")
+        self._demand("shard", self.shard in ("none", "full", "bases"), "none, full or bases")
         self._demand("report_to", self.report_to in ("none", "tensorboard", "wandb"), "none, tensorboard or wandb")
 
     def _demand(self, name: str, good: bool, allowed: str) -> None:

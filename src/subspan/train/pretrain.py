@@ -34,7 +34,7 @@ from subspan.train.run_folder import (
     run_path,
     shared_batch,
 )
-from subspan.train.shard import launch_settings
+from subspan.train.shard import launch_settings, shard_model
 from subspan.train.summary import RunSummary, finished_summary, generate_sample, measured_bytes, show_end, show_start
 from subspan.train.trainer import PretrainTrainer, peak_memory_bytes, perplexity
 
@@ -118,6 +118,8 @@ def _pretrain(
         console.print(f"The run in {folder.path} is finished: perplexity {finished.perplexity_text}.")
         return finished
 
+    if config.shard != "none" and processes.size > 1:
+        shard_model(model)
     # The Trainer would create it with an error of its own, in the first process alone.
     processes.from_first(lambda: claim(folder, lock))
     trainer = reached.trainer = build_trainer(config, folder, data, model, processes)
@@ -172,12 +174,14 @@ def _pretrain(
     lines = metrics.read(metrics.path)
     summary = _summary(trainer, folder, config.steps, progress, eval_loss, signal)
     summary = dataclasses.replace(summary, mean_rank=mean_rank(lines, config.steps))
+    sample = None
+    if math.isfinite(eval_loss):
+        # By all: of a model that is divided each holds a share.
+        sample = generate_sample(model, data.tokenizer, data.validation, config.seed)
     if not processes.first:
         return summary
     picture = plot_ranks(lines, config.steps, folder.path)
-    sample = None
-    if math.isfinite(eval_loss):
-        sample = generate_sample(model, data.tokenizer, data.validation, config.seed)
+    if sample is not None:
         write_text(folder.path / "sample.txt", f"{''.join(sample)}\n")
     last_line = dataclasses.asdict(summary)
     metrics.write({key: value for key, value in last_line.items() if key not in ("output", "finished", "signal")})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import statistics
@@ -9,10 +10,12 @@ import time
 from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
+from subspan.distributed import Traffic
 from subspan.linalg import seeded_generator
 from subspan.train.config import PretrainConfig
 from subspan.train.data import StreamedDataset
@@ -21,6 +24,7 @@ from subspan.train.loss import chunked_loss
 from subspan.train.optimizer import build_optimizer, check_optimizer
 from subspan.train.processes import ALONE, Processes
 from subspan.train.ranks import varying_ranks
+from subspan.train.reduce import reduce_after_wrapping, reduce_before_wrapping, reduction
 from subspan.train.saving import PROGRESS_FILE, STEPS_FILE, SavingTrainer
 
 __all__ = ["CHECKPOINT", "PROGRESS_FILE", "STEPS_FILE", "PretrainTrainer", "peak_memory_bytes"]
@@ -68,6 +72,7 @@ class PretrainTrainer(SavingTrainer):
         self.progress = progress
         self.processes = processes
         self.step_loss: torch.Tensor | float = 0.0
+        self.traffic: Traffic | None = None
         self._draws_from: Any = None
         self.seconds = 0.0
         self.gradient_bytes = 0
@@ -93,10 +98,21 @@ class PretrainTrainer(SavingTrainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         if created:
             check_optimizer(optimizer, self.config, self.network)
-            if self.config.gradient != "full":
+            if self._norm_is_ours():
                 # The Trainer's own way to clip sees none of the gradients that were taken in backward.
                 self.accelerator.clip_grad_norm_ = self._clip_fused
+            if self._is_sharded():
+                # Else it would wrap a model that is divided already.
+                self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+            elif self.processes.size > 1:
+                self.traffic = reduce_before_wrapping(self.config, self.network, self.low_rank_optimizer)
         return optimizer
+
+    def _norm_is_ours(self) -> bool:
+        if self.config.gradient != "full":
+            return True
+        wrapped = self.processes.size > 1 and not self._is_sharded()
+        return wrapped and reduction(self.config, self.low_rank_optimizer) == "projected"
 
     def _clip_fused(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         optimizer = self.low_rank_optimizer
@@ -141,7 +157,9 @@ class PretrainTrainer(SavingTrainer):
             logs["bad_steps"], logs["spikes"] = self.faults.bad_steps, self.faults.spikes
             if ranks := varying_ranks(self.low_rank_optimizer):
                 logs["mean_rank"] = statistics.fmean(ranks.values())
-            if self.config.gradient != "full":
+            if self.traffic is not None:
+                logs["reduced_bytes"] = self.traffic.total.total()
+            if self._norm_is_ours():
                 logs["grad_norm_exact"] = self._norm_is_exact
         if "eval_loss" in logs:
             logs["eval_perplexity"] = perplexity(logs["eval_loss"])
@@ -241,6 +259,7 @@ class PretrainTrainer(SavingTrainer):
             "planned_state_bytes": self.low_rank_optimizer.planned_state_bytes(),
             "gradient_bytes": self.gradient_bytes,
             "faults": self.faults.snapshot(),
+            "reduced_bytes": dict(self.traffic.total) if self.traffic is not None else {},
             "stream": data.state_at(sequences) if isinstance(data, StreamedDataset) else None,
         }
 
@@ -261,7 +280,11 @@ class _Bookkeeping(TrainerCallback):
             # Else dropout would be the same everywhere. A generator that the checkpoint holds is restored after this.
             generator = seeded_generator(trainer.config.seed, "process", processes.rank, state.global_step)
             torch.manual_seed(generator.initial_seed())
+        if isinstance(ddp := trainer.model_wrapped, DistributedDataParallel):
+            trainer.traffic = reduce_after_wrapping(trainer.config, ddp, trainer.low_rank_optimizer, trainer.traffic)
         if progress is not None:
+            if trainer.traffic is not None:
+                trainer.traffic.total.update(progress["reduced_bytes"])
             # Without these two the first loss that is logged after resuming would be the mean over fewer steps.
             own = sums[args.process_index] if len(sums) == args.world_size else statistics.fmean(sums)
             trainer._tr_loss = torch.tensor(own, device=args.device)
