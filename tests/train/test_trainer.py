@@ -208,7 +208,7 @@ def test_gradients_that_are_not_finite_are_counted(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.filterwarnings("ignore:.*NaN or Inf")
 def test_a_diverged_run_writes_json_and_says_so(tmp_path: Path) -> None:
-    summary = run(tmp_path, lr=1e30, max_grad_norm=0.0, warmup=0)
+    summary = run(tmp_path, lr=1e30, max_grad_norm=0.0, warmup=0, max_bad_steps=12)
     assert summary.finished
     # json.loads would take NaN, but JSON knows no NaN.
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()

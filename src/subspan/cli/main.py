@@ -7,6 +7,7 @@ import difflib
 import importlib
 import importlib.metadata
 import logging
+import os
 import re
 import sys
 from types import ModuleType
@@ -43,9 +44,19 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"error: {error}. Install what the command line needs: pip install 'subspan[train]'", file=sys.stderr)
         return 1
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, FloatingPointError) as error:
+        _say(f"error: {error}\n")
         return 1
+
+
+def _say(message: str) -> None:
+    """Print an error, once where all processes of a run meet it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from subspan.train.processes import first_to_say
+
+        if not first_to_say(message):
+            return
+    print(message, end="", file=sys.stderr, flush=True)
 
 
 def _parser() -> ArgumentParser:
@@ -70,7 +81,8 @@ def _parser() -> ArgumentParser:
                 known = settings if unknown[3] else [action.dest for action in self._actions]
                 close = difflib.get_close_matches(name, known, n=1)
                 message = f"unknown setting {name!r}.{f' Did you mean {close[0]!r}?' if close else ''}"
-            self.exit(2, f"error: {message}\nAll settings: {command} --help\n")
+            _say(f"error: {message}\nAll settings: {command} --help\n")
+            self.exit(2)
             raise AssertionError("exit does not return")
 
     parser = Parser(

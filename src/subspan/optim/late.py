@@ -25,7 +25,7 @@ from subspan.linalg import (
     seeded_generator,
 )
 from subspan.linalg.scaling import inverse_scale
-from subspan.optim.method import Geometry, Group, Method, State
+from subspan.optim.method import Found, Geometry, Group, Method, State
 from subspan.optim.projection import Projection
 from subspan.optim.storage import gather_state, rounded, scatter_state
 from subspan.state import StateSpec
@@ -44,6 +44,7 @@ class Folded:
         whole: False where G was never formed: ``squared_norm`` is then ‖R‖²_F.
         factor: of R and Y, where multiplying would round them; None is 1.
         turn: X (r, r), where R is to count as XᵀR.
+        found: the new subspace that R was taken with, and that `step` is to go over to.
     """
 
     projected: Tensor
@@ -53,6 +54,13 @@ class Folded:
     whole: bool = True
     factor: Tensor | None = None
     turn: Tensor | None = None
+    found: Found | None = None
+
+    @staticmethod
+    def unformed(R: Tensor, Y: Tensor | None, found: Found | None = None) -> Folded:
+        """R and Y of a gradient that is not there as a whole."""
+        squared = torch.linalg.vector_norm(widened(R)).double().square()
+        return Folded(R, Y, squared, whole=False, found=found)
 
     @property
     def norm_is_known(self) -> bool:
