@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from subspan.distributed import compress_gradients
 from subspan.memory import PeakPlan, simulated, trace_training
-from subspan.memory.processes import Collectives, ddp_layouts, one_of, sharded_layouts, trace_sharded
+from subspan.memory.processes import Collectives, Layout, ddp_layouts, one_of, sharded_layouts, trace_sharded
 from subspan.memory.simulate import materialise
 from subspan.optim import LowRankOptimizer, create_optimizer, list_methods, method_info
 from subspan.train.presets import build_model, skeleton
@@ -24,9 +25,14 @@ from subspan.train.shard import shard_model
 from tests.train.micro import write_model
 
 # Rows that two processes do not share evenly.
-SIZES = {"vocab_size": 301, "intermediate_size": 75, "num_hidden_layers": 3}
-CASES = [("galore", False), ("galore", True), ("fira", False), ("adamw", False)]
-GRADIENTS = [("galore", {}), ("golore", {}), ("galore", {"svd": "exact"})]
+SIZES = {"vocab_size": 301, "intermediate_size": 75, "num_hidden_layers": 2}
+CASES = [("galore", False), ("galore", True), ("fira", False)]
+GRADIENTS = [
+    ("galore", {}, torch.float32),
+    ("galore", {}, torch.bfloat16),
+    ("golore", {}, torch.bfloat16),
+    ("galore", {"svd": "exact"}, torch.bfloat16),
+]
 
 
 def optimizer_of(model: nn.Module, method: str, divides_bases: bool = False, **settings: Any) -> LowRankOptimizer:
@@ -61,34 +67,50 @@ def start(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", rank=rank, world_size=2, store=store)
 
 
+def planned(path: str, method: str, divides_bases: bool) -> tuple[PeakPlan, Layout]:
+    with torch.device("meta"):
+        model = skeleton(path, seq_len=16)
+    model.config.use_cache = False
+    with one_of(2) as mesh, simulated("cpu", number=0):
+        materialise(model)
+        shard_model(model, mesh)
+        optimizer = optimizer_of(model, method, divides_bases)
+        timeline, passes = trace_sharded(model, optimizer, lambda: loss_of(model), logits_size=301)
+        layouts = sharded_layouts(lambda: optimizer_of(model, method), passes)
+    return PeakPlan.of(timeline), layouts["bases divided" if divides_bases else "bases whole"]
+
+
+def traced(path: str, method: str, divides_bases: bool, mesh: DeviceMesh | None) -> tuple[PeakPlan, LowRankOptimizer]:
+    model = build_model(path, seq_len=16)
+    model.config.use_cache = False
+    shard_model(model, mesh)
+    optimizer = optimizer_of(model, method, divides_bases)
+    plan = PeakPlan.of(trace_training(model, optimizer, lambda: loss_of(model), logits_size=301))
+    loss_of(model).backward()
+    return plan, optimizer
+
+
 def measure(rank: int, folder: str) -> None:
     """What the first of two processes holds and sends."""
     start(rank, folder)
     found: dict[Any, Any] = {}
     path = os.path.join(folder, "model.json")
     for method, divides_bases in CASES:
-        model = build_model(path)
-        model.config.use_cache = False
-        shard_model(model)
-        optimizer = optimizer_of(model, method, divides_bases)
-        timeline = trace_training(model, optimizer, lambda model=model: loss_of(model), logits_size=301)
-        found[method, divides_bases, "peak"] = PeakPlan.of(timeline)
+        found[method, divides_bases, "peak"], optimizer = traced(path, method, divides_bases, None)
         found[method, divides_bases, "state"] = optimizer.state_bytes()
-        loss_of(model).backward()
         found[method, divides_bases, "wire"] = wire_of(optimizer)
-    for method, settings in GRADIENTS:
-        for dtype in (torch.float32, torch.bfloat16):
-            model = build_model(path, dtype=dtype)
-            optimizer = optimizer_of(model, method, stagger=False, **settings)
-            ddp = DistributedDataParallel(model)
-            traffic = compress_gradients(ddp, optimizer)
-            for step in range(2):
-                loss_of(ddp).backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                found[method, str(settings), dtype, step] = sum(traffic.take().values())
+    for method, settings, dtype in GRADIENTS:
+        model = build_model(path, seq_len=16, dtype=dtype)
+        optimizer = optimizer_of(model, method, stagger=False, **settings)
+        ddp = DistributedDataParallel(model)
+        traffic = compress_gradients(ddp, optimizer)
+        for step in range(2):
+            loss_of(ddp).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found[method, str(settings), dtype, step] = sum(traffic.take().values())
     for method in list_methods():
-        model = build_model(path)
+        model = build_model(path, seq_len=16)
         shard_model(model)
         try:
             optimizer = create_optimizer(method, model)
@@ -110,30 +132,34 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[Any, A
     return str(path), torch.load(folder / "found.pt", weights_only=False)
 
 
+def test_simulated_processes_need_what_real_tensors_take(tmp_path: Path) -> None:
+    path = str(write_model(tmp_path, **SIZES))
+    with one_of(2) as mesh:
+        real, _ = traced(path, "galore", False, mesh)
+    plan, _ = planned(path, "galore", False)
+    assert plan == real
+    assert plan.most["buffers"] > plan.most["weights"]
+
+
 @pytest.mark.slow  # starts processes
 @pytest.mark.parametrize(("method", "divides_bases"), CASES)
 def test_a_process_holds_and_sends_what_is_planned(
     method: str, divides_bases: bool, measured: tuple[str, dict[Any, Any]]
 ) -> None:
     path, found = measured
-    with torch.device("meta"):
-        model = skeleton(path)
-    model.config.use_cache = False
-    with one_of(2) as mesh, simulated("cpu", number=0):
-        materialise(model)
-        shard_model(model, mesh)
-        optimizer = optimizer_of(model, method, divides_bases)
-        timeline, passes = trace_sharded(model, optimizer, lambda: loss_of(model), logits_size=301)
-        layouts = sharded_layouts(lambda: optimizer_of(model, method), passes)
-    plan, real = PeakPlan.of(timeline), found[method, divides_bases, "peak"]
-    for category in ("weights", "gradients", "moments", "bases", "other state", "logits", "buffers"):
+    plan, layout = planned(path, method, divides_bases)
+    real = found[method, divides_bases, "peak"]
+    for category in ("weights", "gradients", "moments", "bases", "other state", "logits"):
         assert plan.most[category] == real.most[category], category
-    assert plan.peak == pytest.approx(real.peak, rel=0.01)
-    layout = layouts["bases divided" if divides_bases else "bases whole"]
+    # A thread of gloo may let go of a buffer a little later.
+    assert plan.most["buffers"] <= real.most["buffers"] <= 1.2 * plan.most["buffers"]
+    assert 0.99 * plan.peak <= real.peak <= 1.1 * plan.peak
     assert layout.state == found[method, divides_bases, "state"]
     plain, refreshing = found[method, divides_bases, "wire"]
-    planned = {kind: layout.step.get(f"optimizer: {kind}", 0) for kind in plain}
-    assert planned == dict(plain)
+    for kind, count in plain.items():
+        expected = layout.step[f"optimizer: {kind}"]
+        # Numbers decide whether Fira has to form the residual.
+        assert expected == count if method != "fira" else count <= expected <= 2 * count, kind
     added = {kind: layout.refresh.get(f"optimizer: {kind}", 0) for kind in refreshing}
     # What lies beyond the rank of gradients is drawn anew, with a factorisation that not every matrix needs.
     for kind, count in (refreshing - plain).items():
@@ -141,14 +167,13 @@ def test_a_process_holds_and_sends_what_is_planned(
 
 
 @pytest.mark.slow  # starts processes
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("method", "settings"), GRADIENTS)
+@pytest.mark.parametrize(("method", "settings", "dtype"), GRADIENTS)
 def test_ddp_reduces_what_is_planned(
     method: str, settings: dict[str, Any], dtype: torch.dtype, measured: tuple[str, dict[Any, Any]]
 ) -> None:
     path, found = measured
     with torch.device("meta"):
-        model = skeleton(path, dtype=dtype)
+        model = skeleton(path, seq_len=16, dtype=dtype)
     layout = ddp_layouts(model, optimizer_of(model, method, **settings))["gradients projected"]
     step = sum(layout.step.values())
     assert found[method, str(settings), dtype, 1] == step

@@ -232,11 +232,11 @@ def ddp_layouts(model: nn.Module, optimizer: LowRankOptimizer) -> dict[str, Layo
         if optimizer.method.refresh.late:
             refresh += Y * parameter.itemsize if sees == "sketch" else 0
             continue
-        refresh += R * (held - parameter.itemsize)  # found with the basis, in at least float32
+        refresh += R * (held - parameter.itemsize)  # beside the basis it is found in at least float32
         if sees == "gradient":  # to one process, which sends the basis, and 8 bytes that say whether it is one
             refresh += parameter.numel() * parameter.itemsize + Y * held + 8
         elif sees == "sketch":  # and a bound on the entries of the gradient
-            refresh += Y * held + 4
+            refresh += Y * parameter.itemsize + 4
     step = {whole: dense, "projections all-reduced": projected}
     return plain | {"gradients projected": Layout(state, step, {"optimizer: all-reduced": refresh})}
 

@@ -189,7 +189,7 @@ def _comparison(planned: list[Recipe], settings: PlanSettings) -> Table:
         columns = [
             at["weights"], at["gradients"], at["moments"] + at["bases"] + at["other state"],
             at["refresh workspace"] + at["step workspace"], at["activations"] + at["logits"],
-            *[at["buffers"]] * several, recipe.bytes.peak,
+            *[at.get("buffers", 0)] * several, recipe.bytes.peak,
         ]  # fmt: skip
         fits = "yes" if recipe.bytes.peak <= settings.budget_bytes else "no"
         table.add_row(recipe.title, *(f"{count / 2**30:.2f}" for count in columns), fits)
