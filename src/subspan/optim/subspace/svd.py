@@ -14,14 +14,15 @@ from subspan.linalg import (
     MatrixOperator,
     adaptive_range_finder,
     canonical_signs,
+    complete,
     divided_range_finder,
     exact_basis,
     gaussian_sketch,
     orthonormalize,
     range_finder,
+    within_rank,
 )
 from subspan.linalg.gram_schmidt import orthogonal_to
-from subspan.linalg.surplus import complete, round_off_floor
 from subspan.optim.method import Found, Geometry, Group, Roster, State, Subspace
 from subspan.optim.projection import Orthonormal
 
@@ -37,22 +38,18 @@ class OrthonormalBasis(Subspace):
 
 @dataclass(frozen=True)
 class ExactSVD(OrthonormalBasis):
-    """The r leading left singular vectors of G, signs made canonical (GaLore, arXiv 2403.03507).
-
-    Beyond the rank of G directions are drawn at random.
-    """
+    """The r leading left singular vectors of G, signs made canonical (GaLore, arXiv 2403.03507)."""
 
     def find(
         self, operator: MatrixOperator, geometry: Geometry, *, generator: torch.Generator, step: int, group: Group
     ) -> Found:
-        svd = exact_basis(operator, geometry.rank)
-        assert svd.singular_values is not None
-        Q, lengths = svd.basis, svd.singular_values
-        floor = round_off_floor(geometry.m, operator.dtype, lengths.dtype)
-        kept = lengths > floor * torch.linalg.vector_norm(lengths, dim=-1, keepdim=True)
-        if not bool(kept.all()):  # rounding would decide on the others
-            Q = complete(Q, ~kept.unsqueeze(-2), m=geometry.m, generator=generator)
-        return Found({"basis": (Q * canonical_signs(Q)).to(geometry.dtype)})
+        basis, _, singular_values = exact_basis(operator, geometry.rank)
+        assert singular_values is not None
+        kept = within_rank(singular_values, geometry.m, operator.dtype)
+        if not bool(kept.all()):
+            basis = complete(basis, ~kept, m=geometry.m, generator=generator)
+            basis = basis * canonical_signs(basis)
+        return Found({"basis": basis.to(geometry.dtype)})
 
 
 @dataclass(frozen=True)
