@@ -242,8 +242,11 @@ def turned(
     """
     largest = torch.stack([R.abs().amax(dim=(-2, -1)) for R in stacked]).amax(dim=0)
     scale = inverse_scale(largest, stacked[0].dtype, stacked[0].device)
-    grams = (scaled @ scaled.mT for scaled in (R * scale for R in stacked))
-    X = torch.linalg.eigh(functools.reduce(torch.add, grams)).eigenvectors.flip(-1)
+    scaled = [(R * scale).double() for R in stacked]
+    # A Gram matrix squares the condition number: in float32 rounding would decide on directions below 3e-4 of the
+    # largest, and another order of summation, as with other processes, would turn them.
+    X = torch.linalg.eigh(functools.reduce(torch.add, (R @ R.mT for R in scaled))).eigenvectors.flip(-1)
+    X = X.to(stacked[0].dtype)
     kept = _above_round_off(X, [R * scale for R in stacked], Q.shape[-2], dtype)
     if not bool(kept.all()):
         X = complete(X, ~kept, m=X.shape[-2], generator=generator)
