@@ -36,16 +36,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Block(nn.Module):
-    """Matrices of both sides, one with a side below the rank, and one whose rows do not reach all processes."""
+    """Matrices of both sides, one of whose sides is below the rank, and does not reach all processes, and experts."""
 
     def __init__(self) -> None:
         super().__init__()
         self.wide, self.tall = nn.Linear(19, 30), nn.Linear(30, 19)
         self.square, self.small = nn.Linear(19, 19), nn.Linear(19, 5)
         self.long = nn.Linear(5, 19)
+        self.experts = nn.Parameter(torch.randn(3, 19, 19) / 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.tall(torch.tanh(self.wide(x)))
+        x = x + torch.tanh(torch.einsum("bi,eio->ebo", x, self.experts)).mean(dim=0)
         return x + self.long(torch.tanh(self.small(torch.tanh(self.square(x)))))
 
 

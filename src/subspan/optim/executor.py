@@ -249,9 +249,10 @@ class Executor(Averaged):
         else:
             R = gather([task.projected for task in bucket if task.projected is not None])
         bad = []
-        if shards.division is None:  # else all processes have looked at it together
+        if shards.division is None and R.numel():  # else all processes have looked at it together
             R = projection.without_round_off(R, geometry.m, first.parameter.dtype)
-            bad = nonfinite_projections(R, len(bucket)) if on_host(R.device) else []
+            # What one process alone would skip of a stack is stepped, as on a device.
+            bad = nonfinite_projections(R, len(bucket)) if on_host(R.device) and shards.mesh is None else []
         if bad:
             for position in bad:
                 self._skip(bucket[position].name)
