@@ -254,7 +254,7 @@ class LowRankOptimizer(Executor):
                 f"{name}: a second backward before step(): {self.method.name} needs the gradient itself and has "
                 "updated the weights already; accumulate without fuse_into_backward(), or use GaLore"
             )
-        self._stepped[name] = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).double().square()
+        self._stepped[name] = _squared_norm(parameter.grad)
         work = self._look(name, parameter, group)
         if nonfinite_gradients([(name, parameter)]):
             if self.nonfinite == "raise":
@@ -275,7 +275,7 @@ class LowRankOptimizer(Executor):
             one, and those that were never formed, are known in their subspaces alone.
         """
         self._take_slots()
-        squares = [torch.linalg.vector_norm(p.grad, dtype=torch.float32).double().square() for p in self._with_grad()]
+        squares = [_squared_norm(p.grad) for p in self._with_grad() if p.grad is not None]
         squares += [item.norm_squared() for item in self._folded.values()]
         squares += self._stepped.values()
         exact = all(item.norm_is_known for item in self._folded.values())
@@ -316,3 +316,9 @@ class LowRankOptimizer(Executor):
         for slots in self._slots.values():
             slots.clear()
         super().zero_grad(set_to_none)
+
+
+def _squared_norm(gradient: Tensor) -> Tensor:
+    """‖G‖²_F, accumulated in at least float32, 0-D float64."""
+    norm = torch.linalg.vector_norm(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
+    return norm.double().square()
