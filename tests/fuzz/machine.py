@@ -252,7 +252,7 @@ class Run:
         assert error <= bound, f"{name}: {float(error):.2e} from the reference, {dict(group, params=W.shape)}"
 
     def _can_follow(self, G: Tensor, bases: Tensor | None, group: dict[str, Any]) -> bool:
-        """Not where a published formula divides by ‖R_j‖ + 1e-8, or lets a norm of zero stop all growth, and ours not."""
+        """Not where a published formula adds 1e-8 to ‖R_j‖, or lets a norm of zero stop growth, and ours does not."""
         if self.kind not in (APOLLOReference, FiraReference) or bases is None:
             return True
         if self.kind is APOLLOReference:

@@ -20,6 +20,7 @@ _HARMLESS = frozenset(
         "output",
         "resume",
         "report_to",
+        "bad_records",
         "measure_memory",
         "log_every",
         "eval_every",
@@ -45,6 +46,8 @@ class PretrainConfig:
             the training text.
         vocab_size: Tokens of the BPE that is trained; the model gets the same vocabulary.
         validation: Share of the text that is held out for validation.
+        bad_records: What becomes of records that cannot be used (no text, broken JSON, not UTF-8) and of files that
+            cannot be read: error, which says where they are; or skip: they are left out and counted.
         rank: Directions kept of each projected matrix. None: the method's own, else a quarter of the hidden width.
             With ``--optimizer.rank_policy tolerance --optimizer.rtol 0.2`` each matrix gets as many as leave at most
             the share `rtol` of its gradient's norm outside, and `rank` is the most (None: half of the hidden width).
@@ -95,6 +98,7 @@ class PretrainConfig:
     tokenizer: str | None = None
     vocab_size: int = 4096
     validation: float = 0.05
+    bad_records: Literal["error", "skip"] = "error"
     rank: int | None = None
     target_modules: str | list[str] = "all-linear"
     exclude: list[str] = field(default_factory=list)
@@ -144,6 +148,7 @@ class PretrainConfig:
         self._demand("seq_len", self.seq_len >= 2, "at least 2 tokens")
         self._demand("rank", self.rank is None or self.rank >= 1, "at least 1, or null for a quarter of the width")
         self._demand("validation", 0 < self.validation < 1, "between 0 and 1")
+        self._demand("bad_records", self.bad_records in ("error", "skip"), "error or skip")
         self._demand("schedule", self.schedule in ("cosine", "linear", "constant"), "cosine, linear or constant")
         self._demand("dtype", self.dtype in ("float32", "bfloat16", "amp"), "float32, bfloat16 or amp")
         self._demand("weight_storage", self.weight_storage in (None, "float", "int8"), "float, int8 or null")

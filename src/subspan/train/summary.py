@@ -40,6 +40,7 @@ class RunSummary:
         planned_state_bytes: optimizer state that was planned.
         peak_memory_bytes: of the GPU, or of the process.
         skipped_steps: steps of single parameters that were left out for gradients that are not finite.
+        bad_records: records of the data that were left out.
         signal: number of the signal that came during the run, or None; one that came in the last step stopped nothing.
         mean_rank: over all projected matrices and all steps, where ranks change; else None.
     """
@@ -55,6 +56,7 @@ class RunSummary:
     planned_state_bytes: int
     peak_memory_bytes: int
     skipped_steps: int
+    bad_records: int = 0
     signal: int | None = None
     mean_rank: float | None = None
 
@@ -110,6 +112,8 @@ def show_start(
         "data", f"{config.data or 'Python standard library'}: {sequences} of {config.seq_len} tokens, {held_out}"
     )
     tokens = config.batch_size * config.grad_accumulation * config.seq_len
+    if data.bad.count:
+        facts.add_row("", Text(str(data.bad)))
     facts.add_row("steps", f"{config.steps:,} of {tokens:,} tokens, {config.schedule} schedule")
     facts.add_row("output", str(output) + (f" (continues at step {step})" if step else ""))
     console.print(facts)
@@ -179,6 +183,8 @@ def show_end(
     facts.add_row("speed", f"{summary.tokens_per_second:,.0f} tokens/s over {summary.tokens:,} tokens")
     if summary.skipped_steps:
         facts.add_row("skipped", f"{summary.skipped_steps} steps of single tensors, for gradients that are not finite")
+    if summary.bad_records:
+        facts.add_row("bad records", f"{summary.bad_records:,} left out")
     if summary.mean_rank is not None:
         memory.caption = "planned is the most, measured\nwhat the last ranks need"
         memory.caption_justify = "left"
