@@ -70,6 +70,8 @@ def steered(kind: type[GaLoreReference]) -> type[GaLoreReference]:
 class Follower:
     """The reference loops of one parameter, one for each matrix of a stack."""
 
+    refreshes = 0
+
     def __init__(self, kind: Callable[..., Any], method: str, p: Tensor, group: dict[str, Any]) -> None:
         self.stacked = p.ndim == 3
         numbers = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
@@ -237,7 +239,9 @@ class Run:
         if follower is None:
             return
         group = next(g for g in self.optimizer.param_groups if name in g["param_names"])
-        due = int(state.get("refreshes", 0)) > int(before[1].get("refreshes", 0))
+        refreshes = int(state.get("refreshes", 0))
+        due = refreshes > follower.refreshes  # a random subspace is chosen before a gradient is known to be bad
+        follower.refreshes = refreshes
         if due and not int(before[1].get("turned", 1)):
             self.followers[name] = None  # a basis that was turned in this step and replaced at its end is not kept
             return
@@ -252,16 +256,25 @@ class Run:
         assert error <= bound, f"{name}: {float(error):.2e} from the reference, {dict(group, params=W.shape)}"
 
     def _can_follow(self, G: Tensor, bases: Tensor | None, group: dict[str, Any]) -> bool:
-        """Not where a published formula adds 1e-8 to ‖R_j‖, or lets a norm of zero stop growth, and ours does not."""
-        if self.kind not in (APOLLOReference, FiraReference) or bases is None:
+        """Not where rounding decides on a full step, and not where a formula says 1e-8 or 0 and ours, on purpose, not.
+
+        A basis that is turned is turned by rounding where it spans more than the gradient. Published codes add 1e-8 to
+        ‖R_j‖, and let a norm of zero stop all growth.
+        """
+        if bases is None or (self.kind not in (APOLLOReference, FiraReference) and self.fused == "plain"):
             return True
-        if self.kind is APOLLOReference:
-            return bool(G.flatten(1).norm() > 1e-4)
         matrix = (G if G.ndim == 3 else G.flatten(1)).double()
         matrix = matrix if projects_left(tuple(matrix.shape[-2:]), group["proj_type"]) else matrix.mT
         bases = bases.double()
-        residual = matrix - bases @ (bases.mT @ matrix)
-        return bool((residual.norm(dim=(-2, -1)) > 1e-4 * (1 + matrix.norm(dim=(-2, -1)))).all())
+        R = bases.mT @ matrix
+        if self.kind is GaLoreReference:
+            values = torch.linalg.svdvals(R)
+            return bool((values.amin(-1) > 1e-2 * values.amax(-1)).all())
+        columns = R.norm(dim=-2)
+        if bool((columns < 1e-2).any()):
+            return False
+        residual = (matrix - bases @ R).norm(dim=(-2, -1))
+        return self.kind is not FiraReference or bool((residual > 1e-2 * matrix.norm(dim=(-2, -1))).all())
 
     def _bases(self, name: str, group: dict[str, Any], old: dict[str, Tensor], after: Any) -> Tensor | None:
         """The subspace in force in this step, (..., m, r)."""

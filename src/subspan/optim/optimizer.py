@@ -139,6 +139,12 @@ class LowRankOptimizer(Executor):
                     state["turned"] = torch.ones((), dtype=torch.int64)
         self._fusion = BackwardFusion(self, self._projected, self._fold_in_backward)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; where gradients are taken in backward, those of the group are too."""
+        super().add_param_group(param_group)
+        if self._fusion is not None:
+            self._fusion.bind()
+
     def attach_slots(self, name: str) -> GradientSlots | None:
         """Slots in which a layer leaves the projected gradient of the parameter ``name`` in place of its gradient.
 
