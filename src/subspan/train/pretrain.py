@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, default_data_collator
 
@@ -72,7 +73,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> RunSu
     changed_versions = folder.check(config, data)
     finished = finished_summary(folder.path, MetricsFile.read(folder.metrics))
     if finished is not None and finished.step == folder.step == config.steps:
-        console.print(f"The run in {folder.path} is finished: perplexity {finished.perplexity_text}.")
+        console.print(f"The run in {escape(str(folder.path))} is finished: perplexity {finished.perplexity_text}.")
         return finished
 
     trainer = build_trainer(config, folder, data, model)
@@ -86,7 +87,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> RunSu
     show_start(console, config, model, trainer.low_rank_optimizer, data, folder.path, folder.step)
     if changed_versions:
         console.print(
-            f"[yellow]Not the versions that the run was started with ({'; '.join(changed_versions)}): "
+            f"[yellow]Not the versions that the run was started with ({escape('; '.join(changed_versions))}): "
             "the numbers may differ in the last digits.[/]"
         )
 
@@ -247,7 +248,7 @@ def _evaluated(validation: PackedDataset, config: PretrainConfig) -> Dataset[Any
 def _say_how_to_continue(trainer: PretrainTrainer, folder: RunFolder, console: Console) -> None:
     console.print(f"\nStopped and saved at step {trainer.state.global_step} of {trainer.config.steps}. Continue with")
     command = f"  subspan pretrain --config {folder.path / 'config.yaml'} --resume auto"
-    console.print(command, highlight=False, soft_wrap=True)
+    console.print(command, markup=False, highlight=False, soft_wrap=True)
 
 
 def _summary(

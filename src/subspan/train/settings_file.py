@@ -58,6 +58,8 @@ def check_settings_file(path: Path) -> str:
         raise ValueError(f"{path} is nested too deeply; settings are at most {_DEEPEST} levels deep.") from error
     if not isinstance(document, yaml.MappingNode):
         raise ValueError(f"{path} holds no settings; a line such as 'steps: 1000' is one.")
+    if any(key.value == "config" for key, _ in document.value):
+        raise ValueError(f"{path} names another file under 'config'; give that one with --config too, or in its place.")
     _check(document, path)
     return text
 

@@ -38,7 +38,9 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=end)
     elif path.exists() or (name_or_path.count("/") <= 1 and not name_or_path.startswith((".", "~", "/"))):
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(path) if path.exists() else name_or_path)
+            name = str(path) if path.exists() else name_or_path
+            # Without a word on code that comes with it, transformers asks on the terminal whether to run it.
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise ValueError(f"tokenizer {name_or_path!r} cannot be loaded: {error}") from error
     else:
