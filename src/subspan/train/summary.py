@@ -111,6 +111,7 @@ def show_start(
     held_out = f"{len(data.validation):,} held out for validation"
     text = escape(config.data or "Python standard library")
     facts.add_row("data", f"{text}: {sequences} of {config.seq_len} tokens, {held_out}")
+    tokens = config.batch_size * config.grad_accumulation * config.seq_len
     if data.bad.count:
         facts.add_row("", Text(str(data.bad)))
     facts.add_row("steps", f"{config.steps:,} of {tokens:,} tokens, {config.schedule} schedule")
@@ -187,11 +188,7 @@ def show_end(
     if summary.mean_rank is not None:
         memory.caption = "planned is the most, measured\nwhat the last ranks need"
         memory.caption_justify = "left"
-        where = (
-            f"over time in {escape(str(ranks))}"
-            if ranks
-            else "a picture needs matplotlib: pip install 'subspan\\[report]'"
-        )
+        where = f"over time in {ranks}" if ranks else "a picture needs matplotlib: pip install 'subspan[report]'"
         facts.add_row("mean rank", escape(f"{summary.mean_rank:.1f}, {where}"))
     facts.add_row("run folder", escape(summary.output))
     console.print()
