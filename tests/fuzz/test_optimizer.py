@@ -162,7 +162,7 @@ def test_random_sequences(case: str) -> None:
                 derandomize=not MORE,
                 database=None,
                 deadline=None,
-                max_examples=12 * max(MORE, 1),
+                max_examples=7 * max(MORE, 1),
                 stateful_step_count=10,
                 suppress_health_check=list(HealthCheck),
                 phases=[Phase.generate],
