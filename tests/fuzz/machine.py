@@ -261,12 +261,17 @@ class Run:
         A basis that is turned is turned by rounding where it spans more than the gradient. Published codes add 1e-8 to
         ‖R_j‖, and let a norm of zero stop all growth.
         """
-        if bases is None or (self.kind not in (APOLLOReference, FiraReference) and self.fused == "plain"):
+        if bases is None or self.kind is FRUGALReference:
             return True
         matrix = (G if G.ndim == 3 else G.flatten(1)).double()
         matrix = matrix if projects_left(tuple(matrix.shape[-2:]), group["proj_type"]) else matrix.mT
         bases = bases.double()
         R = bases.mT @ matrix
+        rows = R.norm(dim=-1) / R.norm(dim=(-2, -1)).clamp_min(1e-300)[..., None]
+        if self.kind is not APOLLOReference and bool(((rows > 1e-10) & (rows < 1e-5)).any()):
+            return False
+        if self.kind is GoLoreReference or (self.kind is GaLoreReference and self.fused == "plain"):
+            return True
         if self.kind is GaLoreReference:
             values = torch.linalg.svdvals(R)
             return bool((values.amin(-1) > 1e-2 * values.amax(-1)).all())
