@@ -329,12 +329,6 @@ def test_a_reporter_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Mo
         run(tmp_path, report_to="wandb")
 
 
-def test_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="one process"):
-        run(tmp_path)
-
-
 def test_every_held_out_sequence_is_evaluated(tmp_path: Path, trainers: list[PretrainTrainer]) -> None:
     """Also when they fill no batch, or leave one that is not full."""
     run(tmp_path, steps=2, batch_size=64, output=str(tmp_path / "large"))

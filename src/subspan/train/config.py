@@ -64,7 +64,7 @@ class PretrainConfig:
         max_grad_norm: Gradients are clipped to this norm; 0 clips nothing.
         max_bad_steps: Steps in a row whose loss or gradients are not finite, before the run gives up. A step whose
             loss is not finite changes nothing.
-        spike: A loss this many standard deviations above the mean of the last 100 steps is counted and written to
+        spike: A loss this many standard deviations above the mean of the last 20 steps is counted and written to
             metrics.jsonl; 0 looks for none.
         schedule: Learning rate after the warm-up: cosine to a tenth of the peak, linear to zero, or constant.
         warmup: Steps of linear warm-up; below 1, a share of all steps.

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FaultsCallback"]
 
-#: Steps whose losses say what is usual, and how many have to be there before anything is called a spike.
-_RECENT, _ENOUGH = 100, 20
+#: Steps whose losses say what is usual: few, since a loss that falls is spread widely over many.
+_RECENT = 20
 
 
 class FaultsCallback(TrainerCallback):
@@ -85,11 +85,13 @@ class FaultsCallback(TrainerCallback):
             self._look_for_spike()
 
     def _look_for_spike(self) -> None:
-        if (deviations := self.trainer.config.spike) and len(self._recent) >= _ENOUGH:
+        loss = self._loss
+        if (deviations := self.trainer.config.spike) and len(self._recent) == _RECENT:
             mean = statistics.fmean(self._recent)
             # At least a hundredth of the mean, so that a loss that hardly moves has no spikes of rounding.
-            usual = max(statistics.pstdev(self._recent, mean), 0.01 * abs(mean))
-            if self._loss > mean + deviations * usual:
+            most = mean + deviations * max(statistics.pstdev(self._recent, mean), 0.01 * abs(mean))
+            if loss > most:
                 self.spikes += 1
-                self.trainer.log({"spike": self._loss, "usual_loss": mean})
-        self._recent.append(self._loss)
+                self.trainer.log({"spike": loss, "usual_loss": mean})
+                loss = most  # one spike must not hide the next
+        self._recent.append(loss)
