@@ -48,7 +48,7 @@ from subspan.linalg.spectrum import (
 from subspan.linalg.structured import OuterProductOperator, SumOperator, TransposedOperator
 from subspan.linalg.subspace import MethodChoice, SubspaceMethod, choose_method, subspace
 from subspan.linalg.summed import SummedOperator
-from subspan.linalg.surplus import round_off_floor
+from subspan.linalg.surplus import complete, round_off_floor, within_rank
 from subspan.linalg.tensors import TuckerResult, TwoSidedResult, hosvd, st_hosvd, two_sided_range_finder, unfold
 from subspan.linalg.tolerance import AdaptiveResult, FixedPrecision
 from subspan.linalg.tracking import dct_basis, grassmann_step, largest_rows, oja_step, power_step, svd_update
@@ -82,6 +82,7 @@ __all__ = [
     "canonical_signs",
     "captured_energy",
     "choose_method",
+    "complete",
     "dct_basis",
     "divided_range_finder",
     "effective_rank",
@@ -117,4 +118,5 @@ __all__ = [
     "svd_update",
     "two_sided_range_finder",
     "unfold",
+    "within_rank",
 ]

@@ -12,7 +12,7 @@ from subspan.linalg.orthonormal import canonical_signs, orthonormalize
 from subspan.linalg.range_finder import RangeFinderResult
 from subspan.linalg.scaling import finite_amax, inverse_scale
 from subspan.linalg.sketch import gaussian_sketch
-from subspan.linalg.surplus import complete, round_off_floor
+from subspan.linalg.surplus import complete, within_rank
 
 __all__ = ["DividedOperator", "divided_range_finder"]
 
@@ -161,18 +161,17 @@ def divided_range_finder(
     projected, Q = X.mT @ B, Q @ X
     squares = division.total(projected.double().square().sum(dim=-1))
     norms = squares.sqrt()
-    floor = round_off_floor(operator.shape[0], operator.dtype, projected.dtype)
-    surplus = norms <= floor * squares.sum().sqrt()
-    if bool(surplus.any()) and not bool(surplus.all()):
+    kept = within_rank(norms.to(projected.dtype), operator.shape[0], operator.dtype)
+    if not bool(kept.all()):
         Q = complete(
             Q,
-            surplus[None],
+            ~kept,
             m=operator.shape[0],
             generator=generator,
             rows=division.rows if division.side == "rows" else slice(None),
             orthonormalized=operator.orthonormalize,
         )
-        projected[surplus] = 0
+        projected = torch.where(kept.mT, projected, 0.0)
     signs = operator.signs(Q)
     return RangeFinderResult(Q * signs, projected * (signs.mT / scale), norms.to(Q.dtype) / scale.squeeze())
 

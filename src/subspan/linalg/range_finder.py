@@ -17,7 +17,7 @@ from subspan.linalg.sketch import (
     sampling_sketch,
     sparse_sign_sketch,
 )
-from subspan.linalg.surplus import complete, round_off_floor
+from subspan.linalg.surplus import complete, within_rank
 
 __all__ = ["RangeFinderResult", "SVDResult", "randomized_range_finder", "randomized_svd", "range_finder"]
 
@@ -121,9 +121,7 @@ def range_finder(
     eigenvalues, X = eigenvalues.flip(-1)[..., :rank], X.flip(-1)[..., :rank]
     Q, projected = Q @ X, X.mT @ B
     norms = torch.linalg.vector_norm(projected, dim=-1)
-    whole = torch.linalg.vector_norm(norms, dim=-1, keepdim=True)
-    floor = round_off_floor(operator.shape[-2], operator.dtype, projected.dtype)
-    kept = ((norms > floor * whole) | (whole == 0)).unsqueeze(-2)
+    kept = within_rank(norms, operator.shape[-2], operator.dtype)
     if not bool(kept.all()):  # asked so that yes, the answer of a simulation, is what nearly all gradients answer
         Q = complete(Q, ~kept, m=operator.shape[-2], generator=generator)
         projected = torch.where(kept.mT, projected, 0.0)

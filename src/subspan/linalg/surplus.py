@@ -11,7 +11,7 @@ from torch import Tensor
 from subspan.linalg.orthonormal import orthonormalize
 from subspan.linalg.sketch import gaussian_sketch
 
-__all__ = ["complete", "round_off_floor"]
+__all__ = ["complete", "round_off_floor", "within_rank"]
 
 
 def round_off_floor(m: int, dtype: torch.dtype, computed_in: torch.dtype) -> float:
@@ -22,6 +22,15 @@ def round_off_floor(m: int, dtype: torch.dtype, computed_in: torch.dtype) -> flo
     """
     root = math.sqrt(m)
     return max(torch.finfo(computed_in).eps * root, 2.0 * torch.finfo(dtype).eps / root)
+
+
+def within_rank(norms: Tensor, m: int, dtype: torch.dtype) -> Tensor:
+    """Which rows of QᵀA, with these ``norms`` (..., r), are more than rounding of A (m, n) in ``dtype``: (..., 1, r).
+
+    All of a zero matrix, which has no rows that others could be measured by.
+    """
+    whole = torch.linalg.vector_norm(norms, dim=-1, keepdim=True)
+    return ((norms > round_off_floor(m, dtype, norms.dtype) * whole) | (whole == 0)).unsqueeze(-2)
 
 
 def complete(

@@ -21,7 +21,7 @@ from subspan.optim.matrix import oriented, write_back
 from subspan.optim.method import State, Step
 from subspan.optim.projection import Projection
 from subspan.optim.screen import nonfinite_gradients, nonfinite_projections
-from subspan.optim.shards import Shards, is_sharded, local
+from subspan.optim.shards import WHOLE, Shards, is_sharded, local
 from subspan.optim.storage import gather_state, scatter_state
 from subspan.state.host import on_host
 
@@ -151,7 +151,7 @@ class Executor(Averaged):
                     local(work.parameter),
                     local(work.gradient),
                     self._state(work.parameter),
-                    self._rounding_key(work.name, self._shards(work.name, work.parameter, group), group, age),
+                    self._rounding_key(work.name, group, age, self._shards(work.name, work.parameter, group)),
                 )
                 for work in same
                 if work.gradient is not None and local(work.parameter).numel()
@@ -265,7 +265,7 @@ class Executor(Averaged):
         update = method.lift.lift(Step(G, R, U, projection, tensors, group, correction, shards))
         update = shards.whole_update(update)
         beta, alpha = self._factors(group)
-        keys = [self._rounding_key(task.name, task.shards, group, int(task.state["step"])) for task in bucket]
+        keys = [self._rounding_key(task.name, group, int(task.state["step"]), task.shards) for task in bucket]
         known = [key for key in keys if key is not None]
         apply_update(W, G, projection, update, beta=beta, alpha=alpha, keys=gather(known) if known else None)
 
@@ -298,7 +298,7 @@ class Executor(Averaged):
             found.append({key: task.shards.piece(key, specs[key], X) for key, X in tensors.items()})
         return {key: gather([tensors[key] for tensors in found]) for key in specs}
 
-    def _rounding_key(self, name: str, shards: Shards, group: dict[str, Any], step: int) -> Tensor | None:
+    def _rounding_key(self, name: str, group: dict[str, Any], step: int, shards: Shards = WHOLE) -> Tensor | None:
         """Key of the random numbers that round one parameter in one step; None where it is rounded to nearest.
 
         Each piece of a divided parameter has its own.
