@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 #: Modules of this folder, one a command: add_command(commands, parser_class) and run(arguments) -> exit status.
-_COMMANDS = ("pretrain", "sweep", "plan", "spectrum", "methods", "bench")
+_COMMANDS = ("pretrain", "sweep", "plan", "checkpoint", "spectrum", "methods", "bench")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"error: {error}. Install what the command line needs: pip install 'subspan[train]'", file=sys.stderr)
         return 1
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
