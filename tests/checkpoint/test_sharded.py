@@ -11,12 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from subspan.checkpoint import CheckpointWriteError, load_checkpoint, save_checkpoint, verify
+from subspan.checkpoint.single import to_single_file
 from tests.checkpoint.models import Payload
 
 
@@ -124,6 +126,14 @@ def test_to_and_from_other_numbers_of_processes(tmp_path: Path) -> None:
         load_checkpoint(folder, model, optimizer)
         assert train(model, optimizer, 3, seed=2) == pytest.approx(expected, rel=1e-5)
     assert not (tmp_path / "executed").exists()
+    to_single_file(tmp_path / "of4" / "checkpoint-3", tmp_path / "again" / "checkpoint-3")
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        found, wanted = (load_file(tmp_path / run / "checkpoint-3" / name) for run in ("again", "single"))
+        assert found.keys() == wanted.keys()
+        for key in found:
+            torch.testing.assert_close(found[key], wanted[key], rtol=1e-5, atol=1e-6)
+    with pytest.raises(CheckpointWriteError, match="exists already"):
+        to_single_file(tmp_path / "of4" / "checkpoint-3", tmp_path / "again" / "checkpoint-3")
     shards[-1].unlink()
     with pytest.raises(ValueError, match=f"{shards[-1].name} is missing"):
         load_checkpoint(folder, model, optimizer)

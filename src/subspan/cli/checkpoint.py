@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 __all__ = ["add_command", "run"]
 
@@ -29,10 +29,10 @@ def add_command(commands: Any, parser_class: Any) -> None:
     )
     commands.add_subcommand("checkpoint", parser, help="inspect, verify and convert checkpoints")
     actions = parser.add_subcommands(required=True, title="commands")
-    for name, text, usage in (
-        ("inspect", _INSPECT, "RUN_OR_CHECKPOINT [--json]"),
-        ("verify", _VERIFY, "RUN_OR_CHECKPOINT [--json]"),
-        ("convert", _CONVERT, "SOURCE TARGET [--key value ...]"),
+    for name, text, usage, short in (
+        ("inspect", _INSPECT, "RUN_OR_CHECKPOINT [--json]", "say what checkpoints hold"),
+        ("verify", _VERIFY, "RUN_OR_CHECKPOINT [--json]", "check every file against its SHA-256"),
+        ("convert", _CONVERT, "SOURCE TARGET [--key value ...]", "write a checkpoint in another form"),
     ):
         action = parser_class(usage=f"subspan checkpoint {name} {usage}", description=text)
         add = action.add_argument
@@ -41,13 +41,14 @@ def add_command(commands: Any, parser_class: Any) -> None:
             add("target", metavar="TARGET", type=str, help="new folder")
             add("--to_method", type=str, help="method that takes the optimizer's state over")
             add("--rank", type=int, help="rank at which it is taken over")
-            add("--from", type=str, choices=["galore-torch", "apollo-torch"], help="package that wrote the file")
+            package = Literal["galore-torch", "apollo-torch"] | None
+            add("--from", type=package, help="package that wrote the file")
             add("--model", type=str, help="with --from: folder of the model with its weights")
             add("--target_modules", type=str, default="all-linear", help="with --from: which matrices were projected")
         else:
             add("path", metavar="RUN_OR_CHECKPOINT", type=str, help="run folder, or one of its checkpoints")
             add("--json", action="store_true", help="print JSON instead of a table")
-        actions.add_subcommand(name, action, help=text.split("\n")[0].split(":")[0].split(",")[0].lower())
+        actions.add_subcommand(name, action, help=short)
 
 
 def run(arguments: Any) -> int:
@@ -89,6 +90,7 @@ def _convert(settings: dict[str, Any]) -> int:
     if package is None and settings["model"] is not None:
         raise ValueError("--model is for --from; a checkpoint has its own model.")
 
+    from subspan.checkpoint.single import to_single_file
     from subspan.train import convert
 
     if package is not None:
@@ -96,6 +98,6 @@ def _convert(settings: dict[str, Any]) -> int:
     elif carried:
         convert.carry_over(source, target, settings["to_method"], settings["rank"])
     else:
-        convert.to_single_file(source, target)
+        to_single_file(source, target)
     print(f"Written: {target}")
     return 0

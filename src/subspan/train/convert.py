@@ -1,55 +1,25 @@
-"""Checkpoints in another form: of another method or rank, in one file in place of parts, or from another package."""
+"""Checkpoints in another form: of another method or rank, or from another package."""
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-import shutil
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from subspan.checkpoint import CheckpointWriteError, read_optimizer, staged, verify, write_optimizer
+from subspan.checkpoint import read_optimizer, staged, verify, write_optimizer
 from subspan.checkpoint.foreign import foreign_optimizer
-from subspan.checkpoint.load import load_weights, read_document
-from subspan.checkpoint.plain import read_plain, write_plain
-from subspan.checkpoint.save import MODEL, OPTIMIZER, OPTIMIZER_JSON, TIED
-from subspan.checkpoint.tensors import empty_like, held_tensors, read_tensors, write_whole
+from subspan.checkpoint.load import load_weights
+from subspan.checkpoint.save import OPTIMIZER, OPTIMIZER_JSON
+from subspan.checkpoint.single import check_free, copy_files
 from subspan.train.config import read_config
 from subspan.train.optimizer import build_optimizer, resolve
 from subspan.train.presets import build_model
 
-__all__ = ["carry_over", "import_foreign", "to_single_file"]
+__all__ = ["carry_over", "import_foreign"]
 
 #: Files that say where a run is; what starts another run has none.
 _POSITION = ("scheduler.json", "rng_state_*.json", "progress.json", "trainer_state.json")
-
-
-def to_single_file(source: Path, target: Path) -> None:
-    """Write a checkpoint whose parts several processes wrote as one that is in one file each.
-
-    Either kind can be loaded by any number of processes; this one is a model that transformers loads.
-
-    Raises:
-        FileExistsError: ``target`` exists.
-        ValueError: ``source`` is not whole.
-    """
-    manifest = verify(source).raise_if_bad()
-    _check_free(target)
-    held = held_tensors(source)
-    tied = read_plain(source / TIED) if (source / TIED).is_file() else {}
-    with staged(target, step=manifest.step) as job:
-        job.eval_loss = manifest.eval_loss
-        tensors = read_tensors(source, {name: empty_like(entry, None) for name, entry in held.items()})
-        state = {name: tensor for name, tensor in tensors.items() if "/" in name}
-        weights = {name: tensor for name, tensor in tensors.items() if "/" not in name}
-        # What the checkpoint has beside: transformers looks for tied weights under one of their names.
-        _copy(source, job.folder, manifest.files, without=("*.safetensors",))
-        write_whole(job.folder / MODEL, weights)
-        if state:
-            write_whole(job.folder / OPTIMIZER, state)
-        if tied:
-            write_plain(job.folder / TIED, tied)
 
 
 def carry_over(source: Path, target: Path, method: str | None, rank: int | None) -> None:
@@ -59,12 +29,12 @@ def carry_over(source: Path, target: Path, method: str | None, rank: int | None)
     another method its own settings are the defaults. A run starts from the result with ``--carry_over``.
 
     Raises:
-        FileExistsError: ``target`` exists.
+        CheckpointWriteError: ``target`` exists, or cannot be written.
         FileNotFoundError: there is no ``config.yaml``.
         ValueError: ``source`` is not whole, or a method or a rank that cannot be.
     """
     manifest = verify(source).raise_if_bad()
-    _check_free(target)
+    check_free(target)
     settings = source.resolve().parent / "config.yaml"
     if not settings.is_file():
         raise FileNotFoundError(
@@ -84,7 +54,7 @@ def carry_over(source: Path, target: Path, method: str | None, rank: int | None)
     with staged(target, step=manifest.step) as job:
         job.eval_loss = manifest.eval_loss
         kept = (*_POSITION, OPTIMIZER, OPTIMIZER_JSON, *(("*.safetensors",) if manifest.layout == "sharded" else ()))
-        _copy(source, job.folder, manifest.files, without=kept)
+        copy_files(source, job.folder, manifest, without=kept)
         if manifest.layout == "sharded":
             model.save_pretrained(job.folder)
         write_optimizer(job.folder, optimizer, model)
@@ -94,25 +64,12 @@ def import_foreign(file: Path, target: Path, package: str, model: str, target_mo
     """Write a checkpoint from the state of an optimizer of another package and its model.
 
     Raises:
-        FileExistsError: ``target`` exists.
+        CheckpointWriteError: ``target`` exists, or cannot be written.
         FileNotFoundError, ValueError: see `subspan.checkpoint.foreign.foreign_optimizer`.
     """
-    _check_free(target)
-    network: PreTrainedModel = build_model(model)
+    check_free(target)
+    network: PreTrainedModel = build_model(model, seq_len=2)  # it is not trained here
     optimizer = foreign_optimizer(file, package, network, target_modules)
     with staged(target) as job:
         network.save_pretrained(job.folder)
         write_optimizer(job.folder, optimizer, network)
-    read_document(target)
-
-
-def _copy(source: Path, target: Path, names: object, without: tuple[str, ...]) -> None:
-    for name in list(names):  # type: ignore[call-overload]
-        if not any(fnmatch.fnmatch(name, pattern) for pattern in without):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, target / name)
-
-
-def _check_free(target: Path) -> None:
-    if target.exists():
-        raise CheckpointWriteError(f"{target} exists already; choose another folder for what is converted.")
