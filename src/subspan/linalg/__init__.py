@@ -6,6 +6,8 @@ Functions never modify their inputs, take an explicit CPU generator, draw on the
 
 from subspan.linalg.adaptive import AdaptiveMethod, adaptive_range_finder
 from subspan.linalg.compact_wy import CompactWY
+from subspan.linalg.divided import DividedOperator, divided_range_finder
+from subspan.linalg.division import Division
 from subspan.linalg.exact import exact_basis, gram_basis
 from subspan.linalg.gram_schmidt import blocked_gram_schmidt
 from subspan.linalg.krylov import krylov_range_finder
@@ -45,6 +47,7 @@ from subspan.linalg.spectrum import (
 )
 from subspan.linalg.structured import OuterProductOperator, SumOperator, TransposedOperator
 from subspan.linalg.subspace import MethodChoice, SubspaceMethod, choose_method, subspace
+from subspan.linalg.surplus import complete, round_off_floor, within_rank
 from subspan.linalg.tensors import TuckerResult, TwoSidedResult, hosvd, st_hosvd, two_sided_range_finder, unfold
 from subspan.linalg.tolerance import AdaptiveResult, FixedPrecision
 from subspan.linalg.tracking import dct_basis, grassmann_step, largest_rows, oja_step, power_step, svd_update
@@ -55,6 +58,8 @@ __all__ = [
     "AdaptiveResult",
     "CompactWY",
     "DenseOperator",
+    "DividedOperator",
+    "Division",
     "FixedPrecision",
     "MatrixOperator",
     "MethodChoice",
@@ -75,7 +80,9 @@ __all__ = [
     "canonical_signs",
     "captured_energy",
     "choose_method",
+    "complete",
     "dct_basis",
+    "divided_range_finder",
     "effective_rank",
     "energy_curve",
     "exact_basis",
@@ -98,6 +105,7 @@ __all__ = [
     "range_finder",
     "rank_for_energy",
     "residual_curve",
+    "round_off_floor",
     "sampling_sketch",
     "seeded_generator",
     "sparse_sign_sketch",
@@ -108,4 +116,5 @@ __all__ = [
     "svd_update",
     "two_sided_range_finder",
     "unfold",
+    "within_rank",
 ]

@@ -5,12 +5,14 @@ None of these is safe on its own: :func:`subspan.linalg.orthonormalize` checks w
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from subspan.linalg.sketch import gaussian_sketch, seeded_generator
 
-__all__ = ["cholesky_qr2", "shifted_cholesky_qr3", "sketched_cholesky_qr"]
+__all__ = ["cholesky_qr2", "divided_cholesky_qr", "shifted_cholesky_qr3", "sketched_cholesky_qr"]
 
 # Rows of the preconditioning sketch for each column, and the shift as a share of the trace of the Gram matrix: the
 # smallest at which Cholesky of a float32 Gram matrix was never seen to break down. (The shift 11(mn + n(n+1))u‖Y‖² of
@@ -44,6 +46,32 @@ def sketched_cholesky_qr(Y: Tensor) -> Tensor:
     Y = _unit(Y)
     R = torch.linalg.qr(S.mT @ Y, mode="r").R
     return _cholesky_qr(_cholesky_qr(_times_inverse(Y, R)))
+
+
+def divided_cholesky_qr(Y: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor | None:
+    """The rows of Q that belong to the rows Y (mᵢ, r) of this process; None where the columns are dependent.
+
+    Three passes in float64, the first one shifted. The condition number of a float32 sketch is at most about 1e8 unless
+    its columns are dependent, which float64 squares without loss. The Gram matrices of the passes are summed over the
+    processes, r×r numbers each, so all come to the same answer.
+
+    Args:
+        Y: rows of this process, maybe none.
+        total: sums over the processes.
+    """
+    Z = Y.double()
+    lengths = total(Z.square().sum(dim=0)).sqrt()
+    Z = Z / torch.where(lengths > 0, lengths, 1.0)
+    identity = torch.eye(Z.shape[1], dtype=Z.dtype, device=Z.device)
+    for shift in (_SHIFT * torch.finfo(Z.dtype).eps / torch.finfo(torch.float32).eps, 0.0, 0.0):
+        gram = total(Z.mT @ Z)
+        error = (gram - identity).abs().amax()
+        R, info = torch.linalg.cholesky_ex(gram + shift * gram.diagonal().sum() * identity, upper=True)
+        if int(info):
+            return None
+        Z = _times_inverse(Z, R)
+    # The last pass squares the error that it finds.
+    return Z.to(torch.promote_types(Y.dtype, torch.float32)) if float(error) < 1e-3 else None
 
 
 def _cholesky_qr(Y: Tensor, shift: float = 0.0) -> Tensor:

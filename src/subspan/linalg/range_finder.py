@@ -17,6 +17,7 @@ from subspan.linalg.sketch import (
     sampling_sketch,
     sparse_sign_sketch,
 )
+from subspan.linalg.surplus import complete, within_rank
 
 __all__ = ["RangeFinderResult", "SVDResult", "randomized_range_finder", "randomized_svd", "range_finder"]
 
@@ -69,9 +70,10 @@ def range_finder(
     A, so that nothing over- or underflows and A times a power of two has the same basis. The sketch is taken in the
     dtype of A, everything after it in float32 (float64 for float64).
 
-    Zero A: no error, a (deterministic) orthonormal basis. Rank-deficient A, rank > n: the surplus columns are
-    orthonormal, and arbitrary. Small singular values, below about 3e-4 of the largest in float32, are rounding of the
-    eigenproblem; :func:`randomized_svd` resolves them.
+    Zero A: no error, a (deterministic) orthonormal basis. Rank-deficient A, rank > n: the surplus columns are drawn
+    uniformly among the directions orthogonal to the others, from ``generator``, and their rows of ``projected`` are
+    zero; rounding would decide on them otherwise. Small singular values, below about 3e-4 of the largest in float32,
+    are rounding of the eigenproblem; :func:`randomized_svd` resolves them.
 
     Args:
         A: tensor (..., m, n) or operator; not modified, not copied.
@@ -117,11 +119,16 @@ def range_finder(
     B = operator.rmatmul(Q * scale).mT
     eigenvalues, X = torch.linalg.eigh(B @ B.mT)
     eigenvalues, X = eigenvalues.flip(-1)[..., :rank], X.flip(-1)[..., :rank]
-    Q = Q @ X
+    Q, projected = Q @ X, X.mT @ B
+    norms = torch.linalg.vector_norm(projected, dim=-1)
+    kept = within_rank(norms, operator.shape[-2], operator.dtype)
+    if not bool(kept.all()):  # asked so that yes, the answer of a simulation, is what nearly all gradients answer
+        Q = complete(Q, ~kept, m=operator.shape[-2], generator=generator)
+        projected = torch.where(kept.mT, projected, 0.0)
     signs = canonical_signs(Q)
     return RangeFinderResult(
         basis=Q.mul_(signs),
-        projected=(X * (signs / scale)).mT @ B,
+        projected=projected.mul_(signs.mT / scale),
         singular_values=eigenvalues.clamp_min(0).sqrt() / scale.squeeze(-1),
     )
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from subspan.optim.method import Geometry, State
+from subspan.optim.shards import WHOLE, Shards
 from subspan.state import Int8Weight
 from subspan.state.host import on_host
 
@@ -38,7 +39,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Task:
-    """One projected parameter in this step; ``projected`` is R where it is known already."""
+    """One projected parameter in this step; ``projected`` is R where it is known already.
+
+    Of one that is divided over processes all tensors are the pieces of this process.
+    """
 
     name: str
     parameter: Tensor
@@ -49,6 +53,7 @@ class Task:
     age: int
     state: State
     projected: Tensor | None = None
+    shards: Shards = WHOLE
 
 
 def buckets(tasks: Iterable[Task]) -> list[list[Task]]:
@@ -59,7 +64,7 @@ def buckets(tasks: Iterable[Task]) -> list[list[Task]]:
         geometry, device = task.geometry, task.parameter.device
         elements = geometry.m * geometry.n
         limit = _STACKABLE_CPU if on_host(device) else _STACKABLE_DEVICE
-        alone = geometry.batch or isinstance(task.parameter, Int8Weight)
+        alone = geometry.batch or isinstance(task.parameter, Int8Weight) or task.shards.division is not None
         if alone or elements > limit or geometry.rank in (0, geometry.m):
             result.append([task])
             continue

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from subspan.optim.dense import state_dtype
 from subspan.optim.groups import check_group, complete_group, is_projected, keeps_whole_moments
-from subspan.optim.matrix import as_matrix, oriented, projects_right
+from subspan.optim.matrix import matrix_shape, oriented_shape, projects_right
 from subspan.optim.method import Geometry, Method, Roster, State
 from subspan.optim.refresh import places_in_period
+from subspan.optim.sharding import check_shardable, shards_of
+from subspan.optim.shards import WHOLE, Shards, is_sharded, local, local_state
 from subspan.optim.table import ParameterRow, format_table
 from subspan.state import StateSpec, stored
 
@@ -22,6 +24,7 @@ class DeclaredOptimizer(torch.optim.Optimizer):
     """An optimizer whose state follows from declarations, so that it can be planned, shown and checked."""
 
     method: Method
+    divides_bases: bool
     _cached_roster: Roster | None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -41,6 +44,7 @@ class DeclaredOptimizer(torch.optim.Optimizer):
                     f"two parameters have the name {twice!r}; state and seeds go by name, so name them apart"
                 )
             for name, parameter in self._named(group):
+                check_shardable(name, parameter, group, self.method)
                 if is_projected(group):
                     self._geometry(name, parameter, group, {})
         except Exception:
@@ -82,7 +86,7 @@ class DeclaredOptimizer(torch.optim.Optimizer):
                 "without rank, as param_groups(model, rank=...) does"
             )
         assert self.method.subspace is not None
-        *batch, m, n = oriented(parameter, self._right(parameter, group)).shape
+        *batch, m, n = oriented_shape(parameter.shape, self._right(parameter, group))
         refreshes = int(state["refreshes"]) if state else 0
         if "rank" in state and refreshes > 0 and not refresh:
             rank = int(state["rank"])
@@ -92,7 +96,7 @@ class DeclaredOptimizer(torch.optim.Optimizer):
 
     @staticmethod
     def _right(parameter: Tensor, group: dict[str, Any]) -> bool:
-        rows, columns = as_matrix(parameter).shape[-2:]
+        rows, columns = matrix_shape(parameter.shape)[-2:]
         return projects_right(rows, columns, group["proj_type"])
 
     def _specs(
@@ -107,7 +111,22 @@ class DeclaredOptimizer(torch.optim.Optimizer):
         return stored(self._specs(name, parameter, group, state))
 
     def _state(self, parameter: Tensor) -> State:
-        return self.state.get(parameter, {})
+        """The state of a parameter: of one that is divided the pieces of this process, which share its memory."""
+        state = self.state.get(parameter, {})
+        return local_state(state) if is_sharded(parameter) else state
+
+    def _shards(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Shards:
+        if not is_sharded(parameter):
+            return WHOLE
+        geometry = self._geometry(name, parameter, group, self._state(parameter))
+        return shards_of(parameter, geometry, self._right(parameter, group) if geometry else False, self.divides_bases)
+
+    def _held_specs(
+        self, name: str, parameter: Tensor, group: dict[str, Any], state: Mapping[str, Tensor]
+    ) -> dict[str, StateSpec]:
+        """What this process holds: all of the state, or of a divided parameter its piece."""
+        shards, specs = self._shards(name, parameter, group), self._stored_specs(name, parameter, group, state)
+        return {key: shards.local_spec(key, spec) for key, spec in specs.items()}
 
     def declared_state(self, parameter: Tensor) -> dict[str, StateSpec]:
         """Declarations of the state that ``parameter`` has, or will have once it is stepped.
@@ -124,6 +143,8 @@ class DeclaredOptimizer(torch.optim.Optimizer):
     def planned_state_bytes(self) -> dict[str, int]:
         """Bytes of optimizer state by key for all trainable parameters, computed from the declarations alone.
 
+        Of parameters that are divided over processes, those of this process.
+
         Where the rank is found with the subspace, it is the most there can be before the first step, and what the
         ranks in force need after it.
         """
@@ -131,7 +152,7 @@ class DeclaredOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for name, parameter in self._named(group):
                 if parameter.requires_grad and parameter.numel() > 0:
-                    for key, spec in self._stored_specs(name, parameter, group, self._state(parameter)).items():
+                    for key, spec in self._held_specs(name, parameter, group, self._state(parameter)).items():
                         total[key] += spec.nbytes
         return dict(total)
 
@@ -140,7 +161,7 @@ class DeclaredOptimizer(torch.optim.Optimizer):
         total: Counter[str] = Counter()
         for state in self.state.values():
             for key, tensor in state.items():
-                total[key] += tensor.untyped_storage().nbytes()
+                total[key] += local(tensor).untyped_storage().nbytes()
         return dict(total)
 
     def rows(self) -> list[ParameterRow]:
@@ -150,7 +171,7 @@ class DeclaredOptimizer(torch.optim.Optimizer):
             for name, parameter in self._named(group):
                 state = self._state(parameter)
                 geometry = self._geometry(name, parameter, group, state)
-                specs = self._specs(name, parameter, group, state) if parameter.requires_grad else {}
+                specs = self._held_specs(name, parameter, group, state) if parameter.requires_grad else {}
                 rows.append(
                     ParameterRow(
                         name=name,

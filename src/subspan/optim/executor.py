@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -17,8 +18,10 @@ from subspan.optim.fused import BackwardFusion, without_autocast
 from subspan.optim.late import nonfinite_folded
 from subspan.optim.matrix import oriented, write_back
 from subspan.optim.method import State, Step
+from subspan.optim.projection import Projection
 from subspan.optim.refreshing import Refreshing
 from subspan.optim.screen import nonfinite_gradients, nonfinite_projections
+from subspan.optim.shards import WHOLE, Shards, is_sharded, local
 from subspan.optim.storage import gather_state, scatter_state
 from subspan.state.host import on_host
 
@@ -83,7 +86,7 @@ class Executor(Refreshing):
         good = [item for item in work if item.name not in bad]
         self._step_dense([item for item in good if item.geometry is None])
         tasks = [self._prepare(item) for item in good if item.geometry is not None]
-        for bucket in buckets(task for task in tasks if task is not None):
+        for bucket in buckets(self._screened([task for task in tasks if task is not None])):
             self._step_bucket(bucket)
         self._refresh_late(good)
         self._folded.clear()
@@ -111,6 +114,8 @@ class Executor(Refreshing):
         """
         if work.name in self._folded:
             return True
+        if is_sharded(work.parameter):
+            return False
         if self.nonfinite == "raise" or not on_host(work.parameter.device) or work.due or work.geometry is None:
             return False
         assert self.method.subspace is not None
@@ -143,9 +148,14 @@ class Executor(Refreshing):
             group = same[0].group
             beta, alpha = self._factors(group)
             tensors = [
-                (work.parameter, work.gradient, self.state[work.parameter], self._rounding_key(work.name, group, age))
+                (
+                    local(work.parameter),
+                    local(work.gradient),
+                    self._state(work.parameter),
+                    self._rounding_key(work.name, group, age, self._shards(work.name, work.parameter, group)),
+                )
                 for work in same
-                if work.gradient is not None
+                if work.gradient is not None and local(work.parameter).numel()
             ]
             step_dense(self.method, tensors, age, group, beta=beta, alpha=alpha)
 
@@ -159,18 +169,50 @@ class Executor(Refreshing):
         if name in self._folded:
             return self._prepare_folded(work, state, step, right)
         assert gradient is not None
+        gradient, shards = local(gradient), self._shards(name, parameter, group)
         projected = None
         if work.due:
-            projected = self._refresh(name, parameter, oriented(gradient, right), group, step)
+            operator = shards.operator(oriented(gradient, right))
+            projected = self._refresh(name, parameter, operator, group, step)
             geometry = self._geometry(name, parameter, group, state)
             assert geometry is not None
         age = self.method.transport.age(state, step + 1)
-        task = Task(name, parameter, gradient, group, geometry, right, age, state, projected)
+        task = Task(name, local(parameter), gradient, group, geometry, right, age, state, projected, shards)
         if not work.due:
             return task
         # At once, so that the projected gradients of a refresh of all parameters are not held together.
-        self._step_bucket([task])
+        for bucket in buckets(self._screened([task])):
+            self._step_bucket(bucket)
         return None
+
+    def _screened(self, tasks: list[Task]) -> list[Task]:
+        """Project the gradients of divided parameters, and let all processes agree on round-off and on what is skipped.
+
+        One collective call serves all of them: a sum of squared norms of rows, which no process knows alone.
+        """
+        divided = [task for task in tasks if task.shards.division is not None]
+        if not divided:
+            return tasks
+        projections, projected, squares = [], [], []
+        for task in divided:
+            projection = self._projection([task])
+            R = task.projected
+            if R is None:
+                assert task.gradient is not None
+                R = task.shards.project(projection, oriented(task.gradient, task.right))
+            rows = R.double().square().sum(dim=-1)
+            projections.append(projection)
+            projected.append(R)
+            squares.append(rows if task.geometry.projected else rows.sum()[None])
+        totals = divided[0].shards.total(torch.cat(squares)).split([len(rows) for rows in squares])
+        result = [task for task in tasks if task.shards.division is None]
+        for task, projection, R, rows in zip(divided, projections, projected, totals, strict=True):
+            if float(rows.sum()) <= torch.finfo(R.dtype).max:
+                R = projection.divided_without_round_off(R, rows, task.geometry.m, task.parameter.dtype)
+                result.append(replace(task, projected=R))
+            else:
+                self._skip(task.name)
+        return result
 
     def _prepare_folded(self, work: Work, state: State, step: int, right: bool) -> Task | None:
         """Step a parameter whose projected gradient is there, or return what is to be done."""
@@ -193,20 +235,21 @@ class Executor(Refreshing):
         assert method.subspace is not None and method.lift is not None
         group, geometry = first.group, first.geometry
         changed = method.moments(geometry, group) | method.lift.specs(geometry)
-        tensors = self._subspace_tensors(bucket) if geometry.projected else {}
         parameters = [oriented(task.parameter, task.right) for task in bucket]
         W = gather(parameters)
         gradients = [oriented(task.gradient, task.right) for task in bucket if task.gradient is not None]
         G = gather(gradients) if gradients and (first.projected is None or method.lift.needs_gradient) else None
 
-        projection = method.projection(tensors, geometry)
+        shards, projection = first.shards, self._projection(bucket)
         if first.projected is None:
             assert G is not None
             R = projection.project(G)
         else:
             R = gather([task.projected for task in bucket if task.projected is not None])
-        R = projection.without_round_off(R, geometry.m, first.parameter.dtype)
-        bad = nonfinite_projections(R, len(bucket)) if on_host(R.device) else []
+        bad = []
+        if shards.division is None:  # else all processes have looked at it together
+            R = projection.without_round_off(R, geometry.m, first.parameter.dtype)
+            bad = nonfinite_projections(R, len(bucket)) if on_host(R.device) else []
         if bad:
             for position in bad:
                 self._skip(bucket[position].name)
@@ -214,12 +257,13 @@ class Executor(Refreshing):
             return self._step_bucket(rest) if rest else None
         for task in bucket:
             task.state["step"] += 1
-        tensors |= gather_state(changed, [task.state for task in bucket])
+        tensors = gather_state(changed, [task.state for task in bucket])
         U = method.inner.direction(R, tensors, first.age, group) if geometry.rank > 0 else R
         correction = method.inner.correction(first.age, group)
-        update = method.lift.lift(Step(G, R, U, projection, tensors, group, correction))
+        update = method.lift.lift(Step(G, R, U, projection, tensors, group, correction, shards))
+        update = shards.whole_update(update)
         beta, alpha = self._factors(group)
-        keys = [self._rounding_key(task.name, group, int(task.state["step"])) for task in bucket]
+        keys = [self._rounding_key(task.name, group, int(task.state["step"]), task.shards) for task in bucket]
         known = [key for key in keys if key is not None]
         apply_update(W, G, projection, update, beta=beta, alpha=alpha, keys=gather(known) if known else None)
 
@@ -228,25 +272,39 @@ class Executor(Refreshing):
         for task, matrix in zip(bucket, parameters, strict=True):
             write_back(matrix, task.parameter, task.right)
 
+    def _projection(self, bucket: list[Task]) -> Projection:
+        """The projection in force, for the pieces of this process where the parameter is divided."""
+        first = bucket[0]
+        tensors = self._subspace_tensors(bucket) if first.geometry.projected else {}
+        return first.shards.local_projection(self.method.projection(tensors, first.geometry))
+
     def _subspace_tensors(self, bucket: list[Task]) -> State:
         """The subspaces in force: from the states, or found again from the seeds of the last refreshes."""
         subspace, first = self.method.subspace, bucket[0]
         assert subspace is not None
         specs = self.method.subspace_specs(first.geometry, first.group)
+        if subspace.stored and first.shards.gathers_basis:
+            assert first.shards.division is not None
+            return {"basis": first.shards.division.all_rows(first.state["basis"])}
         if subspace.stored:
             return gather_state(specs, [task.state for task in bucket])
         found = []
         for task in bucket:
             generator = seeded_generator(self.seed, task.name, int(task.state["refreshes"]) - 1)
             operator = DenseOperator(oriented(task.parameter, task.right))  # for its shape alone
-            found.append(subspace.find(operator, task.geometry, generator=generator, step=0, group=task.group).tensors)
+            tensors = subspace.find(operator, task.geometry, generator=generator, step=0, group=task.group).tensors
+            found.append({key: task.shards.piece(key, specs[key], X) for key, X in tensors.items()})
         return {key: gather([tensors[key] for tensors in found]) for key in specs}
 
-    def _rounding_key(self, name: str, group: dict[str, Any], step: int) -> Tensor | None:
-        """Key of the random numbers that round one parameter in one step; None where it is rounded to nearest."""
+    def _rounding_key(self, name: str, group: dict[str, Any], step: int, shards: Shards = WHOLE) -> Tensor | None:
+        """Key of the random numbers that round one parameter in one step; None where it is rounded to nearest.
+
+        Each piece of a divided parameter has its own.
+        """
         if group.get("rounding", "nearest") == "nearest":
             return None
-        generator = seeded_generator(self.seed, name, "rounding", step)
+        piece = () if shards.mesh is None else ("piece", shards.mesh.get_local_rank(shards.mesh.ndim - 1))
+        generator = seeded_generator(self.seed, name, "rounding", step, *piece)
         return torch.randint(-(1 << 63), (1 << 63) - 1, (), generator=generator)
 
     def _factors(self, group: dict[str, Any]) -> tuple[float, float]:

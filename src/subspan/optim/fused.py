@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from subspan.optim.shards import is_sharded
+
 # The optimizer that takes the gradients of a parameter, weakly on both sides.
 _TAKERS: MutableMapping[Tensor, ref[torch.optim.Optimizer]] = WeakIdKeyDictionary()
 
@@ -49,6 +51,11 @@ class BackwardFusion:
                 continue
             if bound is not None:
                 bound[1].remove()
+            if is_sharded(parameter):
+                raise RuntimeError(
+                    f"{name}: fuse_into_backward() and project_gradients() are not possible with parameters that "
+                    "fully_shard has divided, whose gradients are reduced in pieces already; leave them out"
+                )
             if parameter.requires_grad and parameter.numel() > 0:
                 taker = _TAKERS.get(parameter)
                 if taker is not None and taker() not in (None, self._optimizer()):

@@ -10,14 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from subspan.optim.groups import STRUCTURAL
 from subspan.optim.method import Method
+from subspan.optim.shards import Shards
 from subspan.state import StateSpec
 
 Declare = Callable[[str, Tensor, dict[str, Any], Mapping[str, Tensor]], dict[str, StateSpec]]
+Divide = Callable[[str, Tensor, dict[str, Any]], Shards]
 SCHEMA = 1
 
 
@@ -63,7 +64,11 @@ def match_groups(
 
 
 def load_parameters(
-    groups: list[dict[str, Any]], saved_groups: list[dict[str, Any]], saved_state: Mapping[Any, Any], declare: Declare
+    groups: list[dict[str, Any]],
+    saved_groups: list[dict[str, Any]],
+    saved_state: Mapping[Any, Any],
+    declare: Declare,
+    divide: Divide,
 ) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
     """Checked copies of the saved state as name -> (parameter, state).
 
@@ -76,14 +81,14 @@ def load_parameters(
         raise ValueError(f"the checkpoint holds state for parameters {unknown[:5]} that are in none of its groups")
     loaded = {}
     for index, (name, parameter, group) in mapping.items():
-        state = _load_parameter(name, parameter, group, saved_state.get(index, {}), declare)
+        state = _load_parameter(name, parameter, group, saved_state.get(index, {}), declare, divide)
         if state:
             loaded[name] = (parameter, state)
     return loaded
 
 
 def _load_parameter(
-    name: str, parameter: Tensor, group: dict[str, Any], saved: Mapping[str, object], declare: Declare
+    name: str, parameter: Tensor, group: dict[str, Any], saved: Mapping[str, object], declare: Declare, divide: Divide
 ) -> dict[str, Tensor]:
     """The state of one parameter, each tensor checked and copied to where it belongs.
 
@@ -100,12 +105,9 @@ def _load_parameter(
             f"{name}: the checkpoint holds the state {_some(sorted(saved))}, this optimizer declares "
             f"{_some(sorted(specs))}; was it written by another method or with other settings?"
         )
-    state = {}
-    for key, spec in specs.items():
-        value = spec.check(saved[key], f"{name}: state {key!r}")
-        state[key] = value.detach().to(
-            "cpu" if spec.host else parameter.device, copy=True, memory_format=torch.contiguous_format
-        )
+    checked = {key: spec.check(saved[key], f"{name}: state {key!r}") for key, spec in specs.items()}
+    shards = divide(name, parameter, group)
+    state = {key: shards.copied(key, specs[key], value, parameter.device) for key, value in checked.items()}
     return state
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right")
@@ -14,6 +17,17 @@ def as_matrix(X: Tensor) -> Tensor:
     flattened to (out, in·...).
     """
     return X if X.ndim <= 3 else X.flatten(1)
+
+
+def matrix_shape(shape: torch.Size) -> tuple[int, ...]:
+    """The shape of `as_matrix` of a tensor of ``shape``."""
+    return tuple(shape) if len(shape) <= 3 else (shape[0], math.prod(shape[1:]))
+
+
+def oriented_shape(shape: torch.Size, right: bool) -> tuple[int, ...]:
+    """The shape of `oriented` of a tensor of ``shape``."""
+    *batch, rows, columns = matrix_shape(shape)
+    return (*batch, columns, rows) if right else (*batch, rows, columns)
 
 
 def projects_right(rows: int, columns: int, proj_type: str) -> bool:

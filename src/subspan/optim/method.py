@@ -25,10 +25,12 @@ from torch import Tensor
 
 from subspan.linalg import MatrixOperator
 from subspan.optim.projection import Identity, Nothing, Projection
+from subspan.optim.shards import WHOLE, Shards
 from subspan.state import StateSpec, basis_codec, moment_codec
 
 State = dict[str, Tensor]
 Group = Mapping[str, Any]
+Total = Callable[[Tensor], Tensor]
 Roster = tuple[tuple[str, int], ...]  # (name, elements) of every projected parameter
 
 
@@ -160,11 +162,13 @@ class Transport(ABC):
         return {}
 
     @abstractmethod
-    def carry(self, state: State, specs: Mapping[str, StateSpec], new: State, step: int) -> None:
+    def carry(
+        self, state: State, specs: Mapping[str, StateSpec], new: State, step: int, total: Total = lambda X: X
+    ) -> None:
         """Change the moments in ``state``; ``new`` holds the new subspace tensors, ``state`` still the old ones.
 
         ``specs`` declares what the state becomes. With a changed rank a rule may leave moments as many rows as they
-        have: `resized` follows.
+        have: `resized` follows. Where each process has some rows of the bases only, ``total`` sums over them.
         """
 
     def age(self, state: State, step: int) -> int:
@@ -235,7 +239,8 @@ class Update:
 class Step:
     """What a lift rule may look at: gradient G (..., m, n), projected R and direction U (..., r, n), and the state.
 
-    G is None where it was folded away, and never for a rule that `Lift.needs_gradient`.
+    G is None where it was folded away, and never for a rule that `Lift.needs_gradient`. Where ``shards`` divides the
+    parameter all are pieces, and the update is for the columns of R that this process has.
     """
 
     gradient: Tensor | None
@@ -245,6 +250,7 @@ class Step:
     state: State
     group: Group
     correction: float
+    shards: Shards = WHOLE
 
 
 class Lift(ABC):

@@ -19,6 +19,8 @@ from subspan.optim.late import Folded
 from subspan.optim.method import Method, Roster
 from subspan.optim.param_groups import GROUPING, param_groups
 from subspan.optim.screen import nonfinite_gradients
+from subspan.optim.sharding import squared_norm
+from subspan.optim.shards import local
 from subspan.optim.slots import GradientSlots
 
 
@@ -82,6 +84,7 @@ class LowRankOptimizer(Executor):
         self._warned: set[str] = set()
         self._bound: dict[str, Tensor] = {}
         self._cached_roster: Roster | None = None
+        self.divides_bases = False
         self._folded: dict[str, Folded] = {}
         self._stepped: dict[str, Tensor] = {}
         self._slots: dict[str, GradientSlots] = {}
@@ -138,6 +141,24 @@ class LowRankOptimizer(Executor):
                 if "refreshes" in state:
                     state["turned"] = torch.ones((), dtype=torch.int64)
         self._fusion = BackwardFusion(self, self._projected, self._fold_in_backward)
+
+    def divide_bases(self) -> None:
+        """Divide all bases over the processes of `fully_shard`, and gather each one when it is used.
+
+        Without it every process holds the whole basis of a matrix that is projected from the right, which then steps
+        without a word to the others. Divided, the state of a process is its share of all of it, for one gather of m·r
+        numbers a step and matrix. A matrix that is projected from the left has a divided basis in any case.
+
+        Call it before the first step and before a state is loaded.
+
+        Raises:
+            RuntimeError: there is a state already.
+        """
+        if self.state:
+            raise RuntimeError(
+                "divide_bases() comes too late: the state is there already; call it before the first step"
+            )
+        self.divides_bases = True
 
     def attach_slots(self, name: str) -> GradientSlots | None:
         """Slots in which a layer leaves the projected gradient of the parameter ``name`` in place of its gradient.
@@ -206,7 +227,7 @@ class LowRankOptimizer(Executor):
                 continue
             geometry = self._geometry(name, parameter, group, self._state(parameter))
             if self._fusion is None or geometry is None:
-                total += parameter.numel() * parameter.itemsize
+                total += local(parameter).numel() * parameter.itemsize
                 continue
             assert self.method.subspace is not None
             sketched = geometry.projected and self.method.subspace.at(0, group).sees == "sketch"
@@ -221,7 +242,7 @@ class LowRankOptimizer(Executor):
     def gradient_bytes(self) -> int:
         """Bytes of gradients that are allocated now, whole ones and what was folded of them."""
         tensors = [parameter.grad for parameter in self._with_grad()] + self.folded_tensors()
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
+        return sum(local(tensor).untyped_storage().nbytes() for tensor in tensors if tensor is not None)
 
     def folded_tensors(self) -> list[Tensor]:
         """What is held of gradients that are not in ``.grad``: projections and sketches, in no order."""
@@ -275,7 +296,7 @@ class LowRankOptimizer(Executor):
             one, and those that were never formed, are known in their subspaces alone.
         """
         self._take_slots()
-        squares = [torch.linalg.vector_norm(p.grad, dtype=torch.float32).double().square() for p in self._with_grad()]
+        squares = [squared_norm(p.grad) for p in self._with_grad() if p.grad is not None]
         squares += [item.norm_squared() for item in self._folded.values()]
         squares += self._stepped.values()
         exact = all(item.norm_is_known for item in self._folded.values())

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from subspan.linalg import DenseOperator
+from subspan.linalg import DenseOperator, round_off_floor
 from subspan.optim.tiling import Tile
 from subspan.state.host import on_host
 
@@ -22,6 +22,10 @@ class Projection(ABC):
 
     def without_round_off(self, R: Tensor, m: int, dtype: torch.dtype) -> Tensor:
         """R with rows that are rounding of a gradient of ``m`` rows in ``dtype`` set to zero; R may be overwritten."""
+        return R
+
+    def divided_without_round_off(self, R: Tensor, squares: Tensor, m: int, dtype: torch.dtype) -> Tensor:
+        """The same of a piece of the columns of R, for squared norms (r,) of whole rows."""
         return R
 
     @abstractmethod
@@ -57,6 +61,8 @@ class Linear(Projection):
     def project(self, G: Tensor) -> Tensor:
         if G.dtype == self.basis.dtype:
             return self.basis.mT @ G
+        if not G.numel():  # a piece of a divided matrix may be empty
+            return G.new_zeros(self.basis.shape[-1], G.shape[-1], dtype=self.basis.dtype)
         return DenseOperator(G).rmatmul(self.basis).mT.contiguous()
 
     def back(self, R: Tensor, tile: Tile, like: Tensor) -> Tensor:
@@ -78,14 +84,15 @@ class Orthonormal(Linear):
     """P = Q with orthonormal columns.
 
     Rows of R that are round-off are set to zero: when rank(G) < r the surplus rows hold nothing else, and Adam would
-    turn them into full-size steps. A row is round-off when its norm is at most ``floor·‖R‖_F``; the floor is what the
-    accumulation leaves, √m·eps(float32), or what rounding G to its dtype leaves in one direction out of m,
-    2·eps(G.dtype)/√m, whichever is larger.
+    turn them into full-size steps. A row is round-off when its norm is at most `round_off_floor`·‖R‖_F.
     """
 
+    def divided_without_round_off(self, R: Tensor, squares: Tensor, m: int, dtype: torch.dtype) -> Tensor:
+        norms = squares.sqrt()
+        return R.mul_((norms > round_off_floor(m, dtype, R.dtype) * squares.sum().sqrt()).unsqueeze(-1))
+
     def without_round_off(self, R: Tensor, m: int, dtype: torch.dtype) -> Tensor:
-        root = math.sqrt(m)
-        floor = max(torch.finfo(R.dtype).eps * root, 2.0 * torch.finfo(dtype).eps / root)
+        floor = round_off_floor(m, dtype, R.dtype)
         norms = torch.linalg.vector_norm(R, dim=-1, keepdim=True)
         if on_host(R.device):
             # ‖R‖_F is at most √r times the longest row: nearly always two numbers show that no row is to be dropped. A
@@ -99,15 +106,26 @@ class Orthonormal(Linear):
 
 
 class Selection(Projection):
-    """P = r columns of the identity: R is r rows of G."""
+    """P = r columns of the identity: R is r rows of G.
 
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
+    Args:
+        rows: their numbers.
+        partial: G is a piece of the whole, and numbers outside it are of rows that it does not have: zero in R.
+    """
+
+    def __init__(self, rows: Tensor, partial: bool = False) -> None:
+        self.rows, self.partial = rows, partial
 
     def _index(self, n: int) -> Tensor:
         return self.rows.unsqueeze(-1).expand(*self.rows.shape, n)
 
     def project(self, G: Tensor) -> Tensor:
+        if self.partial:
+            # One row more than the piece has stands for all that it has not.
+            count = G.shape[-2]
+            rows = torch.where((self.rows >= 0) & (self.rows < count), self.rows, count)
+            G = torch.nn.functional.pad(G, (0, 0, 0, 1))
+            return Selection(rows).project(G)
         return G.gather(-2, self._index(G.shape[-1])).to(_compute_dtype(G)).contiguous()
 
     def back(self, R: Tensor, tile: Tile, like: Tensor) -> Tensor:
@@ -125,6 +143,9 @@ class Selection(Projection):
     def add_back_(self, W: Tensor, R: Tensor, *, beta: float, alpha: float) -> None:
         if beta != 1.0:
             W.mul_(beta)
+        if self.partial:
+            W.add_(self.back(R, Tile(-2, 0, W.shape[-2]), W), alpha=alpha)
+            return
         W.scatter_add_(-2, self._index(R.shape[-1]), R * alpha)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subspan.linalg import DenseOperator, seeded_generator
+from subspan.linalg import DenseOperator, MatrixOperator, seeded_generator
 from subspan.optim.buckets import Work
 from subspan.optim.dense import state_dtype
 from subspan.optim.late import (
@@ -129,9 +129,14 @@ class Refreshing(StoredOptimizer):
         """Place of a parameter in the period."""
         return self._places()[self._partners(name)[0]]
 
-    def _refresh(self, name: str, parameter: Tensor, G: Tensor, group: dict[str, Any], step: int) -> Tensor | None:
-        """Choose the subspace anew and carry the moments over; returns this step's projected gradient if known."""
-        method, state = self.method, self.state[parameter]
+    def _refresh(
+        self, name: str, parameter: Tensor, operator: MatrixOperator, group: dict[str, Any], step: int
+    ) -> Tensor | None:
+        """Choose the subspace anew and carry the moments over; returns this step's projected gradient if known.
+
+        ``operator`` is the oriented gradient.
+        """
+        method, state, shards = self.method, self._state(parameter), self._shards(name, parameter, group)
         assert method.subspace is not None and method.refresh is not None and method.transport is not None
         refreshes = int(state["refreshes"])
         tensors = opened(state, self._specs(name, parameter, group, state))
@@ -140,17 +145,20 @@ class Refreshing(StoredOptimizer):
         found = Found({})
         if geometry.projected:
             generator = seeded_generator(self.seed, self._partners(name)[0], refreshes)
-            found = method.subspace.find(DenseOperator(G), geometry, generator=generator, step=step, group=group)
+            found = method.subspace.find(operator, geometry, generator=generator, step=step, group=group)
             if found.rank is not None:
                 geometry = replace(geometry, rank=found.rank)
         specs = method.specs(geometry, parameter.shape, state_dtype(parameter), group)
         # What projects is what is held.
         new = {key: rounded(specs[key], X) for key, X in found.tensors.items()} if method.subspace.stored else {}
+        new = {key: shards.piece(key, specs[key], X) for key, X in new.items()}
         if refreshes > 0:
-            method.transport.carry(tensors, specs, new, step)
+            divided = "basis" in specs and shards.sharded_dim("basis", specs["basis"]) is not None
+            method.transport.carry(tensors, specs, new, step, *((shards.total,) if divided else ()))
         if refreshes > 0 and new:
             method.refresh.compare(tensors, tensors, new, group)
-        self._fit(tensors, specs, found.projected, parameter.device)
+        if shards.mesh is None:  # ranks of divided parameters do not change
+            self._fit(tensors, specs, found.projected, parameter.device)
         for key, tensor in new.items():
             tensors[key].copy_(tensor)
         close(state, specs, tensors)
@@ -159,7 +167,7 @@ class Refreshing(StoredOptimizer):
         state["refreshes"] += 1
         due = method.refresh.next_refresh(step, refreshes == 0, lambda: self._place(name), group, state)
         state["next_refresh"].fill_(due)
-        return None if any(specs[key].codec is not None for key in new) else found.projected
+        return None if any(specs[key].codec is not None for key in new) else shards.own_columns(found.projected)
 
     @staticmethod
     def _fit(state: State, specs: dict[str, StateSpec], projected: Tensor | None, device: torch.device) -> None:
@@ -220,7 +228,7 @@ class Refreshing(StoredOptimizer):
         if step < int(state["next_refresh"]):
             return
         if not self._sketches(state, geometry, group):
-            self._refresh(name, parameter, matrix, group, step)
+            self._refresh(name, parameter, DenseOperator(matrix), group, step)
         elif int(state["refreshes"]) == 0:
             random_start(state, self._held_subspace(geometry, group), geometry, self.seed, self._partners(name)[0])
         else:

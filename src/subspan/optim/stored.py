@@ -12,6 +12,8 @@ from torch import Tensor
 from subspan.optim import loading
 from subspan.optim.declared import DeclaredOptimizer
 from subspan.optim.method import State
+from subspan.optim.sharding import check_shardable
+from subspan.optim.shards import is_sharded
 from subspan.state import Int8Weight
 
 
@@ -40,10 +42,12 @@ class StoredOptimizer(DeclaredOptimizer):
                     RuntimeWarning,
                     stacklevel=2,
                 )
+            check_shardable(name, parameter, group, self.method)
+            shards = self._shards(name, parameter, group)
             for key, spec in self._stored_specs(name, parameter, group, {}).items():
-                state[key] = spec.allocate(parameter.device)
+                state[key] = shards.place(key, spec, shards.local_spec(key, spec).allocate(parameter.device))
         self._bound[name] = parameter
-        return state
+        return self._state(parameter)
 
     def _rebind(self) -> None:
         """Move state to the tensors that now stand under the same names: wrappers swap parameters but not state."""
@@ -51,8 +55,17 @@ class StoredOptimizer(DeclaredOptimizer):
             for name, parameter in self._named(group):
                 old = self._bound.get(name)
                 if old is not None and old is not parameter and parameter not in self.state and old in self.state:
-                    self.state[parameter] = self.state.pop(old)
+                    self.state[parameter] = self._placed(name, parameter, group, self.state.pop(old))
                     self._bound[name] = parameter
+
+    def _placed(self, name: str, parameter: Tensor, group: dict[str, Any], state: State) -> State:
+        """A whole state as that of a parameter which has been divided since."""
+        if not is_sharded(parameter):
+            return state
+        check_shardable(name, parameter, group, self.method)
+        shards = self._shards(name, parameter, group)
+        specs = self._stored_specs(name, parameter, group, state)
+        return {key: shards.copied(key, spec, state[key], parameter.device) for key, spec in specs.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """State, groups and the origin (method, seed, format) as tensors and plain values."""
@@ -82,7 +95,9 @@ class StoredOptimizer(DeclaredOptimizer):
                 state_dict = replaced
         origin = loading.check_origin(state_dict, self.method)
         saved_groups = state_dict["param_groups"]
-        loaded = loading.load_parameters(self.param_groups, saved_groups, state_dict["state"], self._stored_specs)
+        loaded = loading.load_parameters(
+            self.param_groups, saved_groups, state_dict["state"], self._stored_specs, self._shards
+        )
         self._check_loaded(loaded)
         groups = []
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
@@ -108,7 +123,7 @@ class StoredOptimizer(DeclaredOptimizer):
         """Called when a state has replaced the one before."""
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("method", "seed", "nonfinite", "skipped_steps", "_warned", "_bound", "_cached_roster")
+        own = ("method", "seed", "nonfinite", "skipped_steps", "_warned", "_bound", "_cached_roster", "divides_bases")
         # Hooks belong to the parameters; what was folded is no state.
         nothing: dict[str, Any] = {"_folded": {}, "_stepped": {}, "_slots": {}, "_sharing": {}, "_fusion": None}
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}, **nothing}

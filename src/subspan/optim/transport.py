@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subspan.optim.method import State, Transport
+from subspan.optim.method import State, Total, Transport
 from subspan.state import StateSpec
 
 
@@ -44,7 +44,9 @@ def resized(moment: Tensor, spec: StateSpec, R: Tensor | None) -> Tensor:
 class Keep(Transport):
     """Moments stay as they are, in the old coordinates (GaLore, Fira, APOLLO)."""
 
-    def carry(self, state: State, specs: Mapping[str, StateSpec], new: State, step: int) -> None:
+    def carry(
+        self, state: State, specs: Mapping[str, StateSpec], new: State, step: int, total: Total = lambda X: X
+    ) -> None:
         return
 
 
@@ -54,10 +56,12 @@ class RotateFirst(Transport):
 
     needs_bases = True
 
-    def carry(self, state: State, specs: Mapping[str, StateSpec], new: State, step: int) -> None:
+    def carry(
+        self, state: State, specs: Mapping[str, StateSpec], new: State, step: int, total: Total = lambda X: X
+    ) -> None:
         if "basis" not in new:
             return
-        overlap = new["basis"].mT @ state["basis"]
+        overlap = total(new["basis"].mT @ state["basis"])
         for key, spec in specs.items():
             if spec.moment == 1:
                 state[key] = overlap @ state[key]
@@ -70,7 +74,9 @@ class Reset(Transport):
     def specs(self) -> dict[str, StateSpec]:
         return {"reset_step": StateSpec((), torch.int64, host=True)}
 
-    def carry(self, state: State, specs: Mapping[str, StateSpec], new: State, step: int) -> None:
+    def carry(
+        self, state: State, specs: Mapping[str, StateSpec], new: State, step: int, total: Total = lambda X: X
+    ) -> None:
         for key, spec in specs.items():
             if spec.moment is not None and key in state:
                 state[key].zero_()

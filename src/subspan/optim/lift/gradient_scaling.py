@@ -39,12 +39,14 @@ class GradientScaling(Lift):
     def lift(self, step: Step) -> Update:
         assert step.gradient is not None
         dim = -2 if self.scale_type == "channel" else (-2, -1)
-        gain = norm_ratio(step.direction, step.projected, dim) / step.correction
+        gain = norm_ratio(step.direction, step.projected, dim, step.shards) / step.correction
         multiplier = math.sqrt(step.group["scale"])
         if self.scale_front:
             gain = gain * multiplier
-        size = (gain.square() * column_norms_squared(step.gradient)).sum((-2, -1)).sqrt()
+        squares = gain.square() * step.shards.columns(column_norms_squared(step.gradient))
+        size = step.shards.over_columns(squares.sum((-2, -1))).sqrt()
         factor = limit_growth(size, step.state["residual_norm"], step.group["limiter"]) * step.correction
         if not self.scale_front:
             factor = factor * multiplier
-        return Update(gain=gain * factor[..., None, None])
+        gain = gain * factor[..., None, None]
+        return Update(gain=gain.expand(-1, step.projected.shape[-1]) if step.shards.reduces else gain)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from subspan.optim.shards import WHOLE, Shards
 from subspan.optim.tiling import tiles
 
 
@@ -23,11 +24,11 @@ def column_norms_squared(G: Tensor) -> Tensor:
     return total
 
 
-def norm_ratio(U: Tensor, R: Tensor, dim: int | tuple[int, int]) -> Tensor:
-    """‖U‖/‖R‖ along ``dim``, kept as a dimension, and 0 where R is zero.
+def norm_ratio(U: Tensor, R: Tensor, dim: int | tuple[int, int], shards: Shards = WHOLE) -> Tensor:
+    """‖U‖/‖R‖ along ``dim``, kept as a dimension, and 0 where R is zero; of whole U and R where they are divided.
 
     The reference codes add 1e-8 to the denominator, which is not small against the columns of a real gradient.
     """
-    denominator = torch.linalg.vector_norm(R, dim=dim, keepdim=True)
-    ratio = torch.linalg.vector_norm(U, dim=dim, keepdim=True) / denominator
+    denominator = shards.norms(R, dim)
+    ratio = shards.norms(U, dim) / denominator
     return torch.where(denominator > 0, ratio, torch.zeros_like(ratio))

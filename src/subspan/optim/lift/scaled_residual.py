@@ -41,8 +41,8 @@ class ScaledResidual(Lift):
     def lift(self, step: Step) -> Update:
         R, U, scale = step.projected, step.direction, step.group["scale"]
         inside = scale if self.official_code else 1.0
-        R_squared = R.square().sum(-2, keepdim=True)
-        phi = norm_ratio(U, R, dim=-2)
+        R_squared = step.shards.over_rows(R.square().sum(-2, keepdim=True))
+        phi = norm_ratio(U, R, -2, step.shards)
         norm = self._residual_norm(step, phi, R_squared, inside)
         phi = phi * limit_growth(norm, step.state["residual_norm"], step.group["limiter"])[..., None, None]
         return Update(low_rank=U.mul_(scale).addcmul_(R, phi, value=-inside), gain=phi)
@@ -54,18 +54,21 @@ class ScaledResidual(Lift):
         With a rounded basis ‖QR_j‖² is not ‖R_j‖², so the residual is formed in row tiles.
         """
         assert step.gradient is not None
-        G_squared = column_norms_squared(step.gradient)
+        shards = step.shards
+        G_squared = shards.columns(column_norms_squared(step.gradient))
         weights = phi.square()
-        whole = (weights * G_squared).sum((-2, -1))
-        outside = (weights * (G_squared - (2.0 * inside - inside * inside) * R_squared)).sum((-2, -1))
+        whole = shards.over_columns((weights * G_squared).sum((-2, -1)))
+        squares = weights * (G_squared - (2.0 * inside - inside * inside) * R_squared)
+        outside = shards.over_columns(squares.sum((-2, -1)))
         exact = step.group.get("basis_storage", "float32") == "float32"
         # Asked so that yes, the answer of a simulation, is the way that needs more memory.
         if exact and not bool((outside <= _TRUSTED_SHARE * whole).any()):
             return outside.sqrt()
         outside = torch.zeros_like(whole)
+        R, phi = shards.whole(step.projected), shards.whole(phi)
         for tile in tiles(step.gradient):
             G = tile.of(step.gradient).to(step.projected.dtype)
-            residual = G - step.projection.back(step.projected, tile, step.gradient).mul(inside)
+            residual = G - step.projection.back(R, tile, step.gradient).mul(inside)
             phi_tile = tile.of(phi) if tile.dim == -1 else phi
             outside += residual.mul_(phi_tile).square_().sum((-2, -1))
-        return outside.sqrt()
+        return shards.total(outside).sqrt()

@@ -10,12 +10,17 @@ import torch
 from torch import Tensor
 
 from subspan.linalg import (
+    DividedOperator,
     MatrixOperator,
     adaptive_range_finder,
+    canonical_signs,
+    complete,
+    divided_range_finder,
     exact_basis,
     gaussian_sketch,
     orthonormalize,
     range_finder,
+    within_rank,
 )
 from subspan.linalg.gram_schmidt import orthogonal_to
 from subspan.optim.method import Found, Geometry, Group, Roster, State, Subspace
@@ -38,7 +43,13 @@ class ExactSVD(OrthonormalBasis):
     def find(
         self, operator: MatrixOperator, geometry: Geometry, *, generator: torch.Generator, step: int, group: Group
     ) -> Found:
-        return Found({"basis": exact_basis(operator, geometry.rank).basis.to(geometry.dtype)})
+        basis, _, singular_values = exact_basis(operator, geometry.rank)
+        assert singular_values is not None
+        kept = within_rank(singular_values, geometry.m, operator.dtype)
+        if not bool(kept.all()):
+            basis = complete(basis, ~kept, m=geometry.m, generator=generator)
+            basis = basis * canonical_signs(basis)
+        return Found({"basis": basis.to(geometry.dtype)})
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,9 @@ class RandomizedSVD(OrthonormalBasis):
     def find(
         self, operator: MatrixOperator, geometry: Geometry, *, generator: torch.Generator, step: int, group: Group
     ) -> Found:
+        if isinstance(operator, DividedOperator) and not self.n_oversamples and not self.n_iter:
+            result = divided_range_finder(operator, geometry.rank, generator=generator)
+            return Found({"basis": result.basis.to(geometry.dtype)}, result.projected)
         result = range_finder(
             operator,
             geometry.rank,

@@ -1,0 +1,234 @@
+"""Parameters that fully_shard has divided train as whole ones do, in pieces."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from subspan.optim import GaLore, LowRankOptimizer, create_optimizer
+
+STEPS, GAP = 50, 10
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "adamw": ("adamw", {}),
+    "galore": ("galore", {"rank": 6, "scale": 1.0}),
+    "galore divided": ("galore", {"rank": 6, "scale": 1.0}),
+    "galore exact": ("galore", {"rank": 6, "scale": 1.0, "svd": "exact"}),
+    "golore": ("golore", {"rank": 6, "golore_after": 20}),
+    "fira": ("fira", {"rank": 6, "scale": 1.0}),
+    "apollo": ("apollo", {"rank": 6}),
+    "apollo_mini": ("apollo_mini", {"rank": 1}),
+    "frugal": ("frugal", {"density": 0.25, "subspace": "rows"}),
+}
+
+
+class Block(nn.Module):
+    """Matrices of both sides, one with a side below the rank, and one whose rows do not reach all processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.tall = nn.Linear(19, 30), nn.Linear(30, 19)
+        self.square, self.small = nn.Linear(19, 19), nn.Linear(19, 5)
+        self.long = nn.Linear(5, 19)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.tall(torch.tanh(self.wide(x)))
+        return x + self.long(torch.tanh(self.small(torch.tanh(self.square(x)))))
+
+
+def network(dtype: torch.dtype) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Block(), Block(), nn.Linear(19, 7)).to(dtype)
+
+
+def batches(rank_of_gradients: str) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    rows = 4 if rank_of_gradients == "below" else 24
+    teacher = torch.randn(19, 7, generator=generator)
+    for _ in range(STEPS):
+        x = torch.randn(rows, 19, generator=generator)
+        yield x, torch.tanh(x @ teacher)
+
+
+def build(case: str, model: nn.Module) -> LowRankOptimizer:
+    method, settings = CASES[case]
+    gap = {} if method == "adamw" else {"update_proj_gap": GAP}
+    optimizer = create_optimizer(method, model, lr=1e-2, **gap, **settings)
+    if case == "galore divided":
+        optimizer.divide_bases()
+    return optimizer
+
+
+def train(
+    case: str, model: nn.Module, kind: str, rank: int = 0, world: int = 1
+) -> tuple[list[float], LowRankOptimizer]:
+    optimizer, losses = build(case, model), []
+    dtype = next(model.parameters()).dtype
+    for x, y in batches(kind):
+        share = len(x) // world
+        x, y = (part[rank * share : (rank + 1) * share].to(dtype) for part in (x, y))
+        loss = (model(x) - y).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        if world > 1:
+            dist.all_reduce(mean)
+        losses.append(float(mean) / world)
+    return losses, optimizer
+
+
+def divided(model: nn.Sequential, shape: tuple[int, ...]) -> nn.Sequential:
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def start(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(os.path.join(folder, "store"), world)
+    dist.init_process_group("gloo", rank=rank, world_size=world, store=store)
+
+
+def worker(rank: int, shape: tuple[int, ...], folder: str) -> None:
+    world = 1
+    for size in shape:
+        world *= size
+    start(rank, world, folder)
+    found: dict[Any, Any] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for kind in ("above", "below"):
+            for case in CASES if dtype == torch.float32 else ("adamw", "galore", "fira", "apollo"):
+                model = divided(network(dtype), shape)
+                losses, optimizer = train(case, model, kind, rank, world)
+                found[dtype, kind, case] = losses
+                assert optimizer.state_bytes() == optimizer.planned_state_bytes()
+                if case.startswith("galore"):
+                    found[dtype, kind, case, "bytes"] = sum(optimizer.state_bytes().values())
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow  # starts processes
+@pytest.mark.parametrize("shape", [(1,), (2,), (4,), (2, 2)], ids=str)
+def test_divided_trains_as_whole(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Losses within 1e-5 in float32, 1e-2 in bfloat16, with the rank of the gradients above and below that of the
+    subspace. Below it GoLore rotates moments into rows whose second moments are zero, and divides by epsilon."""
+    world = 1
+    for size in shape:
+        world *= size
+    mp.spawn(worker, args=(shape, str(tmp_path)), nprocs=world)
+    found = torch.load(tmp_path / "0.pt", weights_only=False)
+    for key, losses in found.items():
+        if key[-1] == "bytes":
+            continue
+        dtype, kind, case = key
+        expected, _ = train(case, network(dtype), kind)
+        bound = (1e-05 if (case, kind) != ("golore", "below") else 0.1) if dtype == torch.float32 else 0.01
+        worst = max(abs(loss - other) / other for loss, other in zip(losses, expected, strict=True))
+        assert worst < bound, (key, worst)
+
+
+def checks(rank: int, world: int, folder: str) -> None:
+    start(rank, world, folder)
+    x = torch.randn(8, 19, generator=torch.Generator().manual_seed(rank))
+
+    def backward(model: nn.Module, poison: bool = False) -> None:
+        loss = model(x).square().mean()
+        (loss * float("nan") if poison and rank == 1 else loss).backward()
+
+    # Placements are as declared, and a state dict has them.
+    model = divided(network(torch.float32), (world,))
+    optimizer = GaLore(model, rank=6)
+    backward(model)
+    optimizer.step()
+    states = {name: optimizer.state[p] for name, p in model.named_parameters()}
+    for name, state in states.items():
+        assert all(isinstance(X, DTensor) == (X.ndim > 0) for X in state.values()), name
+    wide, tall, small = (states[f"0.{name}.weight"] for name in ("wide", "tall", "small"))
+    assert wide["exp_avg"].shape == (6, 30) and wide["exp_avg"].placements == (Shard(1),)
+    assert wide["basis"].placements == (Replicate(),) and wide["basis"].shape == (19, 6)
+    assert tall["exp_avg"].placements == (Shard(1),) and tall["basis"].placements == (Shard(0),)
+    assert small["exp_avg"].placements == (Shard(0),) and small["exp_avg"].shape == (5, 19)  # not projected
+    Q = tall["basis"].full_tensor()
+    assert torch.allclose(Q.mT @ Q, torch.eye(6), atol=1e-5)
+
+    # A NaN on one process: all skip alike.
+    optimizer.zero_grad()
+    before = [p.to_local().clone() for p in model.parameters()]
+    backward(model, poison=True)
+    with pytest.warns(RuntimeWarning, match="NaN or Inf"):
+        optimizer.step()
+    assert optimizer.skipped_steps == len(before)
+    assert all(torch.equal(p.to_local(), old) for p, old in zip(model.parameters(), before, strict=True))
+    optimizer.zero_grad()
+
+    # Saved and loaded, also by an optimizer that divides its bases, and by whole parameters.
+    backward(model)
+    saved = optimizer.state_dict()
+    norms = [
+        float(optimizer.grad_norm().value),
+        float(nn.utils.get_total_norm([p.grad for p in model.parameters()]).full_tensor()),
+    ]
+    assert abs(norms[0] - norms[1]) < 1e-6 * norms[0]
+    other = GaLore(model, rank=6)
+    other.divide_bases()
+    other.load_state_dict(saved)
+    assert other.state[model[0].wide.weight]["basis"].placements == (Shard(0),)
+    assert other.state_bytes() == other.planned_state_bytes() != optimizer.state_bytes()
+    copies = {}
+    for name, stepped in (("held", optimizer), ("divided", other)):
+        start_values = [p.to_local().clone() for p in model.parameters()]
+        stepped.step()
+        copies[name] = [p.to_local().clone() for p in model.parameters()]
+        for p, value in zip(model.parameters(), start_values, strict=True):
+            p.to_local().copy_(value)
+    assert all(torch.equal(a, b) for a, b in zip(copies["held"], copies["divided"], strict=True))
+    whole = network(torch.float32)
+    into = GaLore(whole, rank=6)
+    into.load_state_dict(saved)
+    assert torch.equal(into.state[whole[0].tall.weight]["basis"], Q)
+
+    # What is not possible says so.
+    for settings, message in (
+        ({"refresh": "late"}, "a late refresh folds gradients"),
+        ({"moments": "8bit"}, "moments='8bit' has blocks"),
+        ({"rank_policy": "tolerance", "rtol": 0.1}, "changes ranks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GaLore(model, rank=6, **settings)
+    with pytest.raises(RuntimeError, match="fully_shard has divided"):
+        GaLore(model, rank=6).fuse_into_backward()
+    with pytest.raises(RuntimeError, match="too late"):
+        optimizer.divide_bases()
+
+    # State that was there before the parameters were divided, as with accelerate, follows them.
+    plain = network(torch.float32)
+    early = GaLore(plain, rank=6)
+    early.init_state()
+    divided(plain, (world,))
+    for group in early.param_groups:
+        by_name = dict(plain.named_parameters())
+        group["params"] = [by_name[name] for name in group["param_names"]]
+    backward(plain)
+    early.step()
+    assert all(isinstance(p, DTensor) for p in early.state)
+    assert early.state[plain[0].tall.weight]["basis"].placements == (Shard(0),)
+    assert len(early.state) == len(by_name)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow  # starts processes
+def test_placements_faults_and_states(tmp_path: Path) -> None:
+    mp.spawn(checks, args=(2, str(tmp_path)), nprocs=2)
