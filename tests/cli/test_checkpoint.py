@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -12,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from subspan.checkpoint import latest, verify
+from subspan.checkpoint import CheckpointWriteError, latest, staging, verify
 from subspan.cli.main import main
 from subspan.train.presets import build_model
 from tests.checkpoint.models import Payload
-from tests.train.micro import metrics, run
+from tests.train.micro import metrics, repeatable, run
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,33 @@ def test_pickles_in_a_run_are_never_opened(dense: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     run(dense, output=str(tmp_path / "run"), steps=4, resume="auto")
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_disk_that_fills_up_in_a_run(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(dense, output=str(tmp_path / "whole"))
+    original = staging.digest_file
+
+    def full(path: Path, **keywords: Any) -> str:
+        if path.parent.name == "checkpoint-8" and path.name == "optimizer.safetensors":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(path, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "digest_file", full)
+        with pytest.raises(CheckpointWriteError, match=r"checkpoint-8 could not be written: .*No space left"):
+            run(dense, output=str(tmp_path / "cut"))
+    assert [path.name for path in (tmp_path / "cut").glob("checkpoint-*")] == ["checkpoint-4"]
+    run(dense, output=str(tmp_path / "cut"), resume="auto")
+    assert repeatable(tmp_path / "cut") == repeatable(tmp_path / "whole")
+
+
+def test_projected_gradients_go_on_from_a_dense_run(dense: Path, tmp_path: Path) -> None:
+    source = dense / "run" / "checkpoint-12"
+    changes: dict[str, Any] = {"carry_over": str(source), "gradient": "projected", "steps": 4, "log_every": 1}
+    run(dense, output=str(tmp_path / "run"), **changes)
+    before = [line["loss"] for line in metrics(dense / "run") if "loss" in line]
+    losses = [line["loss"] for line in metrics(tmp_path / "run") if "loss" in line]
+    assert max(losses) < before[0] - 0.5
 
 
 class GaLoreProjector:
