@@ -19,7 +19,7 @@ from subspan.optim import LowRankOptimizer
 from subspan.optim.carry import carried
 from subspan.optim.names import canonical_name
 
-__all__ = ["check_model", "load_checkpoint", "load_weights", "read_document", "read_optimizer"]
+__all__ = ["load_checkpoint", "load_weights", "read_document", "read_optimizer"]
 
 _ADVICE = ". With carry_over=True what fits would be taken over"
 
@@ -53,12 +53,9 @@ def load_checkpoint(
             says what differs.
     """
     folder = Path(folder)
-    tensors, _ = model_tensors(model)
-    _verify(folder, together=is_sharded(tensors)).raise_if_bad()
+    _verify(folder, together=is_sharded(dict(model.named_parameters()))).raise_if_bad()
     held = held_tensors(folder)
-    tied = read_plain(folder / TIED) if (folder / TIED).is_file() else {}
-    weights = {name: entry for name, entry in held.items() if "/" not in name}
-    check_model(folder, model, weights, tied)
+    _check_model(folder, model, held)
     if optimizer is not None:
         read_optimizer(folder, optimizer, model, carry_over=carry_over, held=held)
     load_weights(folder, model)
@@ -71,10 +68,10 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     Raises:
         ValueError: they are those of another model.
     """
+    held = held_tensors(folder)
+    tied = _check_model(folder, model, held)
     tensors, _ = model_tensors(model)
-    tied = read_plain(folder / TIED) if (folder / TIED).is_file() else {}
-    weights = {name: entry for name, entry in held_tensors(folder).items() if "/" not in name}
-    check_model(folder, model, weights, tied)
+    weights = {name: entry for name, entry in held.items() if "/" not in name}
     saved = read_tensors(folder, {name: empty_like(entry, tensors.get(name)) for name, entry in weights.items()})
     saved |= {name: saved[first] for name, first in tied.items()}
     model.load_state_dict({key: saved[canonical_name(key)] for key in model.state_dict()})
@@ -94,14 +91,14 @@ def _verify(folder: Path, *, together: bool) -> Report:
     return Report(folder, tuple(dict.fromkeys(problem for part in problems for problem in part)), listed.manifest)
 
 
-def check_model(folder: Path, model: nn.Module, held: dict[str, Held], tied: dict[str, str]) -> None:
-    """Compare the names, shapes and dtypes of a model's state with those that a checkpoint holds.
-
-    Raises:
-        ValueError: they differ; the message says how.
-    """
+def _check_model(folder: Path, model: nn.Module, held: dict[str, Held]) -> dict[str, str]:
+    """Compare a model's state with what a checkpoint holds; returns what is tied to a tensor under another name."""
     expected = {canonical_name(key): value for key, value in model.state_dict().items()}
-    known = held | {name: held[first] for name, first in tied.items() if first in held}
+    tied: dict[str, str] = read_plain(folder / TIED) if (folder / TIED).is_file() else {}
+    # transformers saves what a model ties once, and says nothing about it.
+    tied = {name: first for name, first in (model_tensors(model)[1] | tied).items() if name not in held}
+    known = {name: entry for name, entry in held.items() if "/" not in name}
+    known |= {name: held[first] for name, first in tied.items() if first in held}
     differing = [f"{name} is missing" for name in expected if name not in known]
     differing += [f"{name} is not in this model" for name in known if name not in expected]
     for name, tensor in expected.items():
@@ -111,6 +108,7 @@ def check_model(folder: Path, model: nn.Module, held: dict[str, Held], tied: dic
     if differing:
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise ValueError(f"{folder} holds another model: {'; '.join(differing[:5])}{more}.")
+    return tied
 
 
 def read_document(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 #: Modules of this folder, one a command: add_command(commands, parser_class) and run(arguments) -> exit status.
-_COMMANDS = ("pretrain", "sweep", "plan", "spectrum", "methods", "bench")
+_COMMANDS = ("pretrain", "sweep", "plan", "checkpoint", "spectrum", "methods", "bench")
 
 
 def main(argv: list[str] | None = None) -> int:
