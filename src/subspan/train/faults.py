@@ -77,9 +77,9 @@ class FaultsCallback(TrainerCallback):
         if self._in_a_row >= (most := trainer.config.max_bad_steps):
             what = "the loss" if not finite else "a gradient"
             raise FloatingPointError(
-                f"{what} was not finite in {most} steps in a row, up to step {state.global_step}; they changed "
-                "nothing that was not finite, and the checkpoints of this run are kept. Try a lower --lr, a longer "
-                "--warmup, a smaller --max_grad_norm or --dtype float32; --max_bad_steps is how many are let pass."
+                f"{what} was not finite in {most} steps in a row, up to step {state.global_step}. Such steps change "
+                "nothing, and the checkpoints from before are kept. Try a lower --lr, a longer --warmup, a smaller "
+                "--max_grad_norm or --dtype float32; --max_bad_steps says how many are let pass."
             )
         if finite:
             self._look_for_spike()
