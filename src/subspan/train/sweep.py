@@ -138,7 +138,9 @@ def _apply(config: PretrainConfig, settings: dict[str, Any]) -> PretrainConfig:
 
 def _diverged(folder: Path) -> RunSummary:
     """The summary of a run that gave up, from its metrics."""
-    last = next((line for line in reversed(MetricsFile.read(folder / METRICS_FILE)) if "tokens" in line), {})
+    last: dict[str, Any] = next(
+        (line for line in reversed(MetricsFile.read(folder / METRICS_FILE)) if "tokens" in line), {}
+    )
     names = ("step", "tokens", "tokens_per_second", "peak_memory_bytes", "skipped_steps")
     return RunSummary(
         output=str(folder),
