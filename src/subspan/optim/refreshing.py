@@ -145,7 +145,7 @@ class Refreshing(StoredOptimizer):
         state = self._state(parameter)
         geometry = self._geometry(name, parameter, group, state, refresh=True)
         assert geometry is not None
-        if not geometry.projected:
+        if not geometry.projected or 0 in operator.shape:  # this process may have none of a stack
             return Found({})
         generator = seeded_generator(self.seed, self._partners(name)[0], int(state["refreshes"]))
         return self.method.subspace.find(operator, geometry, generator=generator, step=step, group=group)
