@@ -77,7 +77,7 @@ def train(name: str, args: argparse.Namespace, rank: int = 0, world: int = 1) ->
         optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-3)
     else:
         groups = param_groups(model, rank=args.rank, update_proj_gap=args.gap)
-        optimizer = GaLore(groups, lr=1e-2, refresh="late" if name == "late" else "now")
+        optimizer = GaLore(groups, lr=args.lr, refresh="late" if name == "late" else "now")
     if name == "fused":
         optimizer.fuse_into_backward()
     if name == "projected":
@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--gap", type=int, default=25, help="steps between refreshes")
+    parser.add_argument("--lr", type=float, default=2e-3, help="of GaLore; AdamW has 1e-3")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--sequences", type=int, default=8, help="of the joint batch")
     parser.add_argument("--seq-len", type=int, default=64)
