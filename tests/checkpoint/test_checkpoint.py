@@ -149,9 +149,9 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "place",
     [
-        "subspan.checkpoint.manifest.SCHEMA",
-        "subspan.checkpoint.states.OPTIMIZER_SCHEMA",
-        "subspan.optim.loading.SCHEMA",
+        "checkpoint.manifest.SCHEMA",
+        "checkpoint.states.OPTIMIZER_SCHEMA",
+        "optim.loading.SCHEMA",
     ],
 )
 def test_a_newer_format_is_refused(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
