@@ -123,7 +123,7 @@ def range_finder(
     norms = torch.linalg.vector_norm(projected, dim=-1)
     kept = within_rank(norms, operator.shape[-2], operator.dtype)
     if not bool(kept.all()):  # asked so that yes, the answer of a simulation, is what nearly all gradients answer
-        Q = complete(Q, ~kept, m=operator.shape[-2], generator=generator)
+        Q = complete(Q, ~kept, m=operator.shape[-2], generator=generator, stack=operator.stack)
         projected = torch.where(kept.mT, projected, 0.0)
     signs = canonical_signs(Q)
     return RangeFinderResult(
@@ -272,11 +272,13 @@ def _sketched(
     """
     n, batch = operator.shape[-1], tuple(operator.shape[:-2])
     if sketch == "gaussian":
+        whole, part = operator.stack
         Omega = gaussian_sketch(
             n,
             width,
             generator=generator,
-            batch_shape=batch,
+            batch_shape=whole,
+            part=part,
             scale=scale,
             device=operator.device,
             dtype=operator.dtype,

@@ -143,7 +143,7 @@ class Refreshing(StoredOptimizer):
         geometry = self._geometry(name, parameter, group, state, refresh=True)
         assert geometry is not None
         found = Found({})
-        if geometry.projected:
+        if geometry.projected and 0 not in operator.shape:  # this process may have none of a stack
             generator = seeded_generator(self.seed, self._partners(name)[0], refreshes)
             found = method.subspace.find(operator, geometry, generator=generator, step=step, group=group)
             if found.rank is not None:

@@ -20,8 +20,10 @@ def shards_of(parameter: Tensor, geometry: Geometry | None, right: bool, divides
     mesh = parameter.device_mesh  # type: ignore[attr-defined]
     if geometry is None:
         return Shards(mesh=mesh)
+    if geometry.batch:
+        return Shards(stack=geometry.batch[0], mesh=mesh)
     division = Division("columns" if right else "rows", geometry.m, geometry.n, shard_group(mesh))
-    return Shards(division, not right and geometry.projected, divides_basis, mesh)
+    return Shards(division, not right and geometry.projected, None, divides_basis, mesh)
 
 
 def check_shardable(name: str, parameter: Tensor, group: Group, method: Method) -> None:
@@ -44,11 +46,6 @@ def check_shardable(name: str, parameter: Tensor, group: Group, method: Method) 
         raise ValueError(f"{name}: {reason}, which is not possible with parameters that fully_shard has divided")
     if isinstance(local(parameter), Int8Weight):
         raise ValueError(f"{name}: weights in int8 cannot be divided by fully_shard; keep them in float")
-    if parameter.ndim == 3 and group.get("rank") is not None:
-        raise ValueError(
-            f"{name}: a stack of matrices that fully_shard has divided cannot be projected; put it into a group "
-            "without rank, or leave its module out of fully_shard"
-        )
 
 
 def unshardable(method: Method, group: Group) -> str | None:
