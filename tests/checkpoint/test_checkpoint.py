@@ -146,6 +146,24 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         load_checkpoint(folder, network, galore(network))
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        "checkpoint.manifest.SCHEMA",
+        "checkpoint.states.OPTIMIZER_SCHEMA",
+        "optim.loading.SCHEMA",
+    ],
+)
+def test_a_newer_format_is_refused(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = model()
+    optimizer = galore(network)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"subspan.{place}", 2)
+        folder = save_checkpoint(tmp_path / "checkpoint-1", network, optimizer)
+    with pytest.raises(ValueError, match="has format 2, newer than 1; update subspan"):
+        load_checkpoint(folder, network, optimizer)
+
+
 def edit(path: Path, change: Any) -> None:
     content = json.loads(path.read_text())
     change(content)

@@ -46,7 +46,10 @@ def build(kind: str, *world: int) -> tuple[nn.Module, torch.optim.Optimizer]:
         mesh = init_device_mesh("cpu", world, mesh_dim_names=("replicate", "shard")[-len(world) :])
         for layer in (model[0], model[2], model):  # type: ignore[index]
             fully_shard(layer, mesh=mesh)
-    return model, KINDS[kind](model)
+    optimizer = KINDS[kind](model)
+    if kind == "fira":
+        optimizer.divide_bases()  # type: ignore[attr-defined]
+    return model, optimizer
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int) -> list[float]:

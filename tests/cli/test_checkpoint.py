@@ -7,6 +7,8 @@ import json
 import os
 import pickle
 import shutil
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -142,20 +144,34 @@ def test_projected_gradients_go_on_from_a_dense_run(dense: Path, tmp_path: Path)
     assert max(losses) < before[0] - 0.5
 
 
-class GaLoreProjector:
-    """Looks like the class of galore-torch."""
+class Projector:
+    """Looks like the classes of galore-torch and apollo-torch."""
 
     def __init__(self, ortho_matrix: torch.Tensor) -> None:
         self.rank, self.update_proj_gap, self.scale, self.proj_type = 4, 5, 0.25, "std"
         self.ortho_matrix = ortho_matrix
 
 
-def foreign_file(file: Path, network: torch.nn.Module, *, payload: object = None) -> None:
-    """What galore-torch's AdamW saves after 7 steps."""
+#: Package: module and class of its projector, what its groups have beside, and the subspace that takes over.
+PACKAGES: dict[str, tuple[str, str, dict[str, str], str]] = {
+    "galore-torch": ("galore_torch.galore_projector", "GaLoreProjector", {}, "ExactSVD"),
+    "apollo-torch": (
+        "apollo_torch.random_projector",
+        "GradientProjector",
+        {"proj": "random", "scale_type": "tensor"},
+        "Gaussian",
+    ),
+}
+
+
+def foreign_file(
+    file: Path, network: torch.nn.Module, projector: type, more: dict[str, str], payload: object = None
+) -> None:
+    """What the AdamW of these packages saves after 7 steps."""
     targets = [p for name, p in network.named_parameters() if "layers" in name and p.ndim == 2]
     others = [p for p in network.parameters() if all(p is not t for t in targets)]
     common = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0, "correct_bias": True}
-    low = {"rank": 4, "update_proj_gap": 5, "scale": 0.25, "proj_type": "std"}
+    low = {"rank": 4, "update_proj_gap": 5, "scale": 0.25, "proj_type": "std", **more}
     groups = [
         {**common, "params": list(range(len(others)))},
         {**common, **low, "params": list(range(len(others), len(others) + len(targets)))},
@@ -168,7 +184,7 @@ def foreign_file(file: Path, network: torch.nn.Module, *, payload: object = None
             rows, columns = shape
             right = rows >= columns
             Q = torch.linalg.qr(torch.randn(columns if right else rows, 4)).Q
-            held["projector"] = GaLoreProjector(Q.mT if right else Q)
+            held["projector"] = projector(Q.mT if right else Q)
             shape = (rows, 4) if right else (4, columns)
         state[index] = held | {"exp_avg": torch.randn(shape), "exp_avg_sq": torch.rand(shape)}
     if payload is not None:
@@ -176,31 +192,32 @@ def foreign_file(file: Path, network: torch.nn.Module, *, payload: object = None
     torch.save({"optimizer": {"state": state, "param_groups": groups}}, file)
 
 
-def test_a_state_of_galore_torch(
-    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_state_of_another_package(
+    package: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = dense / "run" / "checkpoint-12"
     network = build_model(str(model), seq_len=16)
+    place, name, more, subspace = PACKAGES[package]
     with monkeypatch.context() as patch:
-        import sys
-        import types
-
-        module = types.ModuleType("galore_torch.galore_projector")
-        module.GaLoreProjector = GaLoreProjector  # type: ignore[attr-defined]
-        patch.setitem(sys.modules, "galore_torch", types.ModuleType("galore_torch"))
-        patch.setitem(sys.modules, module.__name__, module)
-        patch.setattr(GaLoreProjector, "__module__", module.__name__)
-        foreign_file(tmp_path / "optimizer.pt", network)
-        foreign_file(tmp_path / "evil.pt", network, payload=Payload(str(tmp_path / "executed")))
-    convert = ["checkpoint", "convert", "--from", "galore-torch", "--model", str(model)]
+        # Pickles name a class by where it is, so this one has to be there while they are written.
+        module = types.ModuleType(place)
+        kind = type(name, (Projector,), {"__module__": place})
+        setattr(module, name, kind)
+        patch.setitem(sys.modules, place.split(".")[0], types.ModuleType(place.split(".")[0]))
+        patch.setitem(sys.modules, place, module)
+        foreign_file(tmp_path / "optimizer.pt", network, kind, more)
+        foreign_file(tmp_path / "evil.pt", network, kind, more, Payload(str(tmp_path / "executed")))
+    convert = ["checkpoint", "convert", "--from", package, "--model", str(model)]
     assert main([*convert, str(tmp_path / "optimizer.pt"), str(tmp_path / "imported")]) == 0
     assert main(["checkpoint", "inspect", str(tmp_path / "imported"), "--json"]) == 0
     (described,) = json.loads(capsys.readouterr().out.split("\n", 1)[1])
-    assert described["method"] == "galore" and "ExactSVD" in described["parts"]["subspace"]
+    assert described["method"] == package.split("-")[0] and subspace in described["parts"]["subspace"]
     states = {entry["name"]: entry["state"] for entry in described["parameters"]}
     assert states["model.layers.0.mlp.up_proj.weight"]["basis"]["shape"][1] == 4
     assert "basis" not in states["model.embed_tokens.weight"]
-    changes: dict[str, Any] = {"steps": 2, "rank": 4, "carry_over": str(tmp_path / "imported")}
+    changes: dict[str, Any] = {"method": described["method"], "steps": 2, "rank": 4}
+    changes["carry_over"] = str(tmp_path / "imported")
     assert run(dense, output=str(tmp_path / "next"), **changes).finished
 
     capsys.readouterr()

@@ -81,14 +81,12 @@ def _verify(folder: Path, *, together: bool) -> Report:
     """Check a checkpoint; processes that load it together divide its files among them."""
     if not together:
         return verify(folder)
-    listed = verify(folder, files=())
-    if not listed.ok:
-        return listed
-    assert listed.manifest is not None
-    share = sorted(listed.manifest.files)[dist.get_rank() :: processes()]
+    own = verify(folder, files=())
+    if own.manifest is not None and own.ok:
+        own = verify(folder, files=sorted(own.manifest.files)[dist.get_rank() :: processes()])
     problems: list[tuple[str, ...]] = [()] * processes()
-    dist.all_gather_object(problems, verify(folder, files=share).problems)
-    return Report(folder, tuple(dict.fromkeys(problem for part in problems for problem in part)), listed.manifest)
+    dist.all_gather_object(problems, own.problems)
+    return Report(folder, tuple(dict.fromkeys(problem for part in problems for problem in part)), own.manifest)
 
 
 def _check_model(folder: Path, model: nn.Module, held: dict[str, Held]) -> dict[str, str]:

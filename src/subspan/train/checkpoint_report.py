@@ -39,14 +39,13 @@ def show_checkpoint(console: Console, entry: dict[str, Any]) -> None:
     files = Table("file", "bytes", box=None, header_style="bold")
     for name, size in entry["files"].items():
         files.add_row(escape(name), f"{size:,}")
-    table = Table("parameter", "shape", "dtype", "state", "state bytes", box=None, header_style="bold")
+    table = Table("parameter", "shape", "state", "state bytes", box=None, header_style="bold")
     for parameter in entry["parameters"]:
         state = parameter["state"]
-        shown = [f"{key} {tuple(value['shape'])} {value['dtype']}" for key, value in state.items() if value["shape"]]
+        shown = [f"{key} {_size(value)}" for key, value in state.items() if value["shape"]]
         table.add_row(
             escape(parameter["name"]),
-            "x".join(str(length) for length in parameter.get("shape", [])),
-            parameter.get("dtype", ""),
+            _size(parameter) if "shape" in parameter else "",
             escape(", ".join(shown)),
             f"{sum(value['bytes'] for value in state.values()):,}",
         )
@@ -60,6 +59,11 @@ def show_checkpoint(console: Console, entry: dict[str, Any]) -> None:
     for group in entry.get("groups", []):
         settings = ", ".join(f"{key}={value}" for key, value in group.items() if value is not None)
         console.print(settings, markup=False, highlight=False)
+
+
+def _size(tensor: dict[str, Any]) -> str:
+    shape = "×".join(str(length) for length in tensor["shape"])
+    return shape if tensor["dtype"] == "float32" else f"{shape} {tensor['dtype']}"
 
 
 def _ranks(entry: dict[str, Any]) -> str:
