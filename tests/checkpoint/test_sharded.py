@@ -87,6 +87,14 @@ def worker(rank: int, folder: Path) -> None:
         load_checkpoint(folder / kind / "single" / "checkpoint-3", model, optimizer)
         answer["single to 4"] = train(model, optimizer, 3, seed=2)
         if kind == "galore":
+            model, optimizer = build(kind, 4)
+            optimizer.param_groups[0]["lr"] = 3e-2
+            load_checkpoint(of4, model, optimizer, carry_over=True)
+            assert optimizer.param_groups[0]["lr"] == 3e-2
+            optimizer.param_groups[0]["lr"] = 1e-2
+            answer["carried over"] = train(model, optimizer, 3, seed=2)
+            with pytest.raises(ValueError, match=r"rank=4, this optimizer 3.*convert the checkpoint first"):
+                load_checkpoint(of4, model, GaLore(model, rank=3), carry_over=True)
             model, optimizer = build(kind, 2, 2)
             load_checkpoint(of4, model, optimizer)
             replicated = save_checkpoint(folder / "replicated", model, optimizer)

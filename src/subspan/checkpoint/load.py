@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from subspan.checkpoint.manifest import Report, verify
 from subspan.checkpoint.plain import read_plain
@@ -145,15 +146,26 @@ def read_optimizer(
         _check_kind(folder, document, optimizer, names)
     into = {key: empty_like(held[key], like) for key, like in _likes(document["tensors"], optimizer, names).items()}
     tensors = read_tensors(folder, into)
-    if carry_over:
-        if not isinstance(optimizer, LowRankOptimizer):
-            raise ValueError(f"{type(optimizer).__name__} takes over no other state; carry it over to one of subspan")
+    if carry_over and not isinstance(optimizer, LowRankOptimizer):
+        raise ValueError(f"{type(optimizer).__name__} takes over no other state; carry it over to one of subspan")
+    if isinstance(optimizer, LowRankOptimizer) and carry_over and not _is_divided(optimizer):
         optimizer.load_state_dict(_carried(optimizer, document, tensors, names))
         return
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(optimizer_state(document, tensors, names))
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}{_ADVICE if isinstance(optimizer, LowRankOptimizer) else ''}") from error
+        advice = _ADVICE if isinstance(optimizer, LowRankOptimizer) else ""
+        if carry_over:
+            advice = ". What is divided over processes takes over the same shapes only: convert the checkpoint first"
+        raise ValueError(f"{folder}: {error}{advice}") from error
+    if carry_over:
+        for group, kept in zip(optimizer.param_groups, settings, strict=True):
+            group.update(kept)
+
+
+def _is_divided(optimizer: torch.optim.Optimizer) -> bool:
+    return any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
 
 
 def _carried(
@@ -196,9 +208,7 @@ def _check_kind(
 
 def _likes(keys: list[str], optimizer: torch.optim.Optimizer, names: list[list[str]]) -> dict[str, Tensor | None]:
     """For each state tensor one that is divided as it is to be: the one there is, else the parameter."""
-    if isinstance(optimizer, LowRankOptimizer) and is_sharded(
-        {str(i): p for group in optimizer.param_groups for i, p in enumerate(group["params"])}
-    ):
+    if isinstance(optimizer, LowRankOptimizer) and _is_divided(optimizer):
         optimizer.init_state()
     likes: dict[str, Tensor | None] = {}
     parameters = {
