@@ -26,6 +26,7 @@ from subspan.train.presets import build_model, model_tokenizer
 from subspan.train.processes import ALONE, Processes, join
 from subspan.train.ranks import RanksCallback, mean_rank, plot_ranks
 from subspan.train.run_folder import (
+    CONFIG_FILE,
     RunFolder,
     check_space,
     claim,
@@ -103,7 +104,7 @@ def _pretrain(
     config: PretrainConfig, processes: Processes, lock: RunLock, console: Console, reached: _Progress
 ) -> RunSummary:
     def open_folder() -> RunFolder:
-        if lock.folder.is_dir():
+        if (lock.folder / CONFIG_FILE).exists():  # else it is no run yet, and perhaps a folder of something else
             lock.take()
         return open_run_folder(config)
 
