@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import itertools
 import logging
+import os
 import re
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ __all__ = ["main"]
 _LONGEST = 2000
 
 #: Modules of this folder, one a command: add_command(commands, parser_class) and run(arguments) -> exit status.
-_COMMANDS = ("pretrain", "sweep", "plan", "spectrum", "methods", "bench")
+_COMMANDS = ("pretrain", "sweep", "plan", "checkpoint", "spectrum", "methods", "bench")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,8 +51,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}. Install what the command line needs: pip install 'subspan[train]'", file=sys.stderr)
         return 1
     except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {_brief(str(error))}", file=sys.stderr)
+        _say(f"error: {_brief(str(error))}\n")
         return 1
+
+
+def _say(message: str) -> None:
+    """Print an error, once where all processes of a run meet it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from subspan.train.processes import first_to_say
+
+        if not first_to_say(message):
+            return
+    print(message, end="", file=sys.stderr, flush=True)
 
 
 def _parser() -> ArgumentParser:
@@ -76,7 +87,8 @@ def _parser() -> ArgumentParser:
                 known = settings if unknown[3] else [action.dest for action in self._actions]
                 close = difflib.get_close_matches(name, known, n=1)
                 message = f"unknown setting {name!r}.{f' Did you mean {close[0]!r}?' if close else ''}"
-            self.exit(2, f"error: {_brief(message)}\nAll settings: {command} --help\n")
+            _say(f"error: {_brief(message)}\nAll settings: {command} --help\n")
+            self.exit(2)
             raise AssertionError("exit does not return")
 
     parser = Parser(

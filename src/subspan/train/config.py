@@ -30,6 +30,10 @@ _HARMLESS = frozenset(
         "eval_batches",
         "save_every",
         "keep_checkpoints",
+        "shard",
+        "timeout",
+        "max_bad_steps",
+        "spike",
     }
 )
 
@@ -64,10 +68,15 @@ class PretrainConfig:
         other_lr_scale: Factor on the learning rate of all other parameters.
         weight_decay: Decoupled weight decay.
         max_grad_norm: Gradients are clipped to this norm; 0 clips nothing.
+        max_bad_steps: Steps in a row whose loss or gradients are not finite, before the run gives up. A step whose
+            loss is not finite changes nothing.
+        spike: A loss this many standard deviations above the mean of the last 20 steps is counted and written to
+            metrics.jsonl; 0 looks for none.
         schedule: Learning rate after the warm-up: cosine to a tenth of the peak, linear to zero, or constant.
         warmup: Steps of linear warm-up; below 1, a share of all steps.
         steps: Optimizer steps.
-        batch_size: Sequences in a forward pass, on each device.
+        batch_size: Sequences in a forward pass, on each device. A run that is continued on another number of devices
+            keeps the sequences of a step: fewer in a pass, or more passes.
         grad_accumulation: Forward passes in an optimizer step.
         seq_len: Tokens in a sequence.
         dtype: float32; bfloat16 (weights and gradients in bfloat16); or amp (float32 weights, bfloat16 arithmetic).
@@ -83,15 +92,25 @@ class PretrainConfig:
         chunked_loss: Compute the loss some tokens at a time, so that the logits of all of them never exist at once.
         activation_checkpointing: Recompute activations in the backward pass: less memory, more time.
         eval_every: Steps between evaluations on the held-out text; 0 evaluates at the end only.
-        eval_batches: Batches in an evaluation.
+        eval_batches: Batches in an evaluation, however many devices share them.
         log_every: Steps between lines in metrics.jsonl.
         save_every: Steps between checkpoints; 0 saves at the end only.
-        keep_checkpoints: Newest checkpoints that are kept.
+        keep_checkpoints: Newest checkpoints that are kept, beside the one with the lowest loss on held-out text.
         seed: Of the weights, the order of the data and the optimizer's draws.
         output: Run folder. None: ``runs/METHOD-MODEL``, with a number after it when that exists.
         resume: ``auto`` continues from the newest checkpoint in the run folder, or starts when there is none; a path
             continues from that checkpoint; ``none`` starts afresh and never touches an existing run.
+        carry_over: Checkpoint of another run to start from: its weights, and the state of its optimizer taken over by
+            this run's method at this run's rank as far as it can be. Steps and the schedule begin anew.
         measure_memory: Trace the memory of the first two steps, and show it beside the plan at the end.
+        reduce: What several processes (torchrun, accelerate launch) send each other of the gradients of projected
+            matrices: projected, the projections, where the method needs no more (GaLore, GoLore and those in 8 bits),
+            and clipping then goes by their norm; full, the gradients; or power_sgd, torch's lossy compression at the
+            same rank. None: projected where that changes no number (``--max_grad_norm 0``, or a gradient that is
+            fused or projected), else full.
+        shard: none, every process holds the model and the optimizer's state; full, each holds a share (FSDP2) and
+            whole bases; or bases, a share of these too, for one gather of each in a step.
+        timeout: Seconds that a process waits for another one before the run ends with a message.
         report_to: Log to TensorBoard or Weights & Biases too.
     """
 
@@ -111,6 +130,8 @@ class PretrainConfig:
     other_lr_scale: float = 1.0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    max_bad_steps: int = 10
+    spike: float = 6.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.1
     steps: int = 800
@@ -131,7 +152,11 @@ class PretrainConfig:
     seed: int = 0
     output: str | None = None
     resume: str = "none"
+    carry_over: str | None = None
     measure_memory: bool = False
+    reduce: Literal["projected", "full", "power_sgd"] | None = None
+    shard: Literal["none", "full", "bases"] = "none"
+    timeout: float = 600.0
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
 
     def __post_init__(self) -> None:
@@ -141,11 +166,12 @@ class PretrainConfig:
             ValueError: naming the setting, its value and what is allowed.
         """
         check_types(self)
-        for name in ("steps", "batch_size", "grad_accumulation", "log_every", "eval_batches", "keep_checkpoints"):
+        counts = ("steps", "batch_size", "grad_accumulation", "log_every", "eval_batches", "keep_checkpoints")
+        for name in (*counts, "max_bad_steps"):
             self._demand(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("eval_every", "save_every", "seed", "weight_decay", "max_grad_norm", "warmup"):
+        for name in ("eval_every", "save_every", "seed", "weight_decay", "max_grad_norm", "warmup", "spike"):
             self._demand(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("lr_scale", "other_lr_scale"):
+        for name in ("lr_scale", "other_lr_scale", "timeout"):
             self._demand(name, getattr(self, name) > 0, "greater than 0")
         self._demand("lr", self.lr is None or self.lr > 0, "greater than 0, or null for the method's own")
         self._demand("warmup", self.warmup < 1 or self.warmup == int(self.warmup), "a whole number, or a share below 1")
@@ -162,6 +188,9 @@ class PretrainConfig:
             not self.share_inputs or self.gradient == "projected",
             "false where gradient is not projected",
         )
+        reductions = (None, "projected", "full", "power_sgd")
+        self._demand("reduce", self.reduce in reductions, "projected, full, power_sgd or null")
+        self._demand("shard", self.shard in ("none", "full", "bases"), "none, full or bases")
         self._demand("report_to", self.report_to in ("none", "tensorboard", "wandb"), "none, tensorboard or wandb")
 
     def _demand(self, name: str, good: bool, allowed: str) -> None:

@@ -13,6 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subspan.memory import MemoryPlan, plan
@@ -21,6 +22,8 @@ from subspan.optim.table import alike
 from subspan.state import held
 from subspan.train.config import PretrainConfig
 from subspan.train.data import PackedDataset, TextData
+from subspan.train.reduce import reduction
+from subspan.train.trainer import PretrainTrainer
 
 __all__ = ["RunSummary", "finished_summary", "generate_sample", "measured_bytes", "show_end", "show_start"]
 
@@ -79,14 +82,16 @@ def by_role(plan: MemoryPlan) -> dict[str, int]:
 
 
 def measured_bytes(model: nn.Module, gradients: int, state: dict[str, int]) -> MemoryPlan:
-    """Return the bytes that are allocated; whole storages are counted, each once.
+    """Return the bytes that are allocated in this process; whole storages are counted, each once.
 
     Args:
         model: for the weights and buffers.
         gradients: bytes seen before an optimizer step.
         state: allocated optimizer state by key.
     """
-    tensors = [part for tensor in [*model.parameters(), *model.buffers()] for part in held(tensor)]
+    whole = [*model.parameters(), *model.buffers()]
+    own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in whole]
+    tensors = [part for tensor in own for part in held(tensor)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return MemoryPlan(sum(storages.values()), gradients, state)
 
@@ -95,12 +100,13 @@ def show_start(
     console: Console,
     config: PretrainConfig,
     model: PreTrainedModel,
-    optimizer: LowRankOptimizer,
+    trainer: PretrainTrainer,
     data: TextData,
     output: Path,
     step: int,
 ) -> None:
     """Print the model, the data, the table of projected tensors and the planned bytes."""
+    optimizer, arguments = trainer.low_rank_optimizer, trainer.args
     rows = optimizer.rows()
     total = sum(p.numel() for p in model.parameters())
     projected = sum(_numel(row.shape) for row in rows if row.rank is not None)
@@ -111,10 +117,13 @@ def show_start(
     held_out = f"{len(data.validation):,} held out for validation"
     text = escape(config.data or "Python standard library")
     facts.add_row("data", f"{text}: {sequences} of {config.seq_len} tokens, {held_out}")
-    tokens = config.batch_size * config.grad_accumulation * config.seq_len
     if data.bad.count:
         facts.add_row("", Text(str(data.bad)))
+    tokens = trainer.tokens_per_step
     facts.add_row("steps", f"{config.steps:,} of {tokens:,} tokens, {config.schedule} schedule")
+    if (processes := trainer.processes).size > 1:
+        passes = f"{arguments.gradient_accumulation_steps} x {arguments.train_batch_size} sequences each"
+        facts.add_row("processes", f"{processes.size}, {passes}, {_exchanged(config, trainer)}")
     facts.add_row("output", escape(str(output)) + (f" (continues at step {step})" if step else ""))
     console.print(facts)
     console.print()
@@ -122,12 +131,22 @@ def show_start(
     console.print()
     table = Table("planned memory", "bytes", box=None, pad_edge=False, header_style="bold")
     table.columns[1].justify = "right"
-    planned = plan(model, optimizer, config.grad_accumulation)
+    planned = plan(model, optimizer, arguments.gradient_accumulation_steps)
     for name, count in by_role(planned).items():
         table.add_row(name, f"{count:,}")
     table.add_row("in all, without activations", f"{planned.total:,}", style="bold")
     console.print(table)
     console.print()
+
+
+def _exchanged(config: PretrainConfig, trainer: PretrainTrainer) -> str:
+    if config.shard != "none":
+        return "each holds a share of the model"
+    return {
+        "projected": "projected gradients are reduced",
+        "full": "whole gradients are reduced",
+        "power_sgd": "gradients are reduced by PowerSGD, with other numbers after a resume",
+    }[reduction(config, trainer.low_rank_optimizer)]
 
 
 def _table(optimizer: LowRankOptimizer) -> Table:

@@ -16,6 +16,7 @@ from rich.table import Table
 from subspan.train.callbacks import MetricsFile, json_line
 from subspan.train.config import PretrainConfig, differences, read_config, write_text
 from subspan.train.pretrain import pretrain
+from subspan.train.processes import launched
 from subspan.train.run_folder import METRICS_FILE
 from subspan.train.summary import RunSummary, finished_summary
 
@@ -59,6 +60,8 @@ def sweep(config: PretrainConfig, grid: dict[str, Any], *, console: Console | No
         ({'lr': 0.01}, RunSummary(...))
     """
     console = console or Console()
+    if launched() > 1:
+        raise ValueError("a sweep runs in one process: start it without torchrun.")
     axes = _axes(grid)
     output = Path(config.output or f"runs/sweep-{config.method}-{Path(config.model).stem}").expanduser()
     _claim(output, config)
@@ -70,7 +73,11 @@ def sweep(config: PretrainConfig, grid: dict[str, Any], *, console: Console | No
         console.print(f"[bold]Run {number} of {len(combinations)}: {escape(_name(settings))}[/]", highlight=False)
         summary = finished_summary(folder, MetricsFile.read(folder / METRICS_FILE))
         if summary is None or summary.step != single.steps:
-            summary = pretrain(single, console=console)
+            try:
+                summary = pretrain(single, console=console)
+            except FloatingPointError as error:
+                console.print(str(error), style="red", markup=False)
+                summary = _diverged(folder)
         else:
             console.print("finished already")
         if summary.finished:
@@ -128,6 +135,23 @@ def _apply(config: PretrainConfig, settings: dict[str, Any]) -> PretrainConfig:
     own = {key: value for key, value in settings.items() if not key.startswith("optimizer.")}
     optimizer = {key.removeprefix("optimizer."): value for key, value in settings.items() if key not in own}
     return dataclasses.replace(config, **own, optimizer=config.optimizer | optimizer)
+
+
+def _diverged(folder: Path) -> RunSummary:
+    """The summary of a run that gave up, from its metrics."""
+    last: dict[str, Any] = next(
+        (line for line in reversed(MetricsFile.read(folder / METRICS_FILE)) if "tokens" in line), {}
+    )
+    names = ("step", "tokens", "tokens_per_second", "peak_memory_bytes", "skipped_steps")
+    return RunSummary(
+        output=str(folder),
+        finished=True,
+        eval_loss=math.inf,
+        eval_perplexity=math.inf,
+        state_bytes=0,
+        planned_state_bytes=0,
+        **{name: last.get(name, 0) for name in names},
+    )
 
 
 def _sorted(runs: list[tuple[dict[str, Any], RunSummary]]) -> list[tuple[dict[str, Any], RunSummary]]:
