@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from subspan.train.bad_records import BadRecords
 from subspan.train.config import write_text
 
 __all__ = ["MetricsCallback", "MetricsFile", "ProgressCallback", "StopCallback"]
@@ -80,10 +81,11 @@ class MetricsFile:
 
 
 class MetricsCallback(TrainerCallback):
-    """Writes what is logged to the metrics file."""
+    """Writes what is logged to the metrics file, and how many records of the data were left out so far."""
 
-    def __init__(self, file: MetricsFile) -> None:
+    def __init__(self, file: MetricsFile, bad: BadRecords) -> None:
         self.file = file
+        self.bad = bad
 
     def on_log(
         self,
@@ -96,7 +98,9 @@ class MetricsCallback(TrainerCallback):
         """Write one line for a training loss or an evaluation."""
         logs = logs or {}
         if "loss" in logs or "eval_loss" in logs:
-            self.file.write({"step": state.global_step, **{key: logs[key] for key in _METRICS if key in logs}})
+            counted = {"bad_records": self.bad.count} if self.bad.count else {}
+            known = {key: logs[key] for key in _METRICS if key in logs}
+            self.file.write({"step": state.global_step, **known, **counted})
 
 
 class ProgressCallback(TrainerCallback):

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, default_data_collator
 
 from subspan.memory import plan
+from subspan.train.bad_records import BadRecords
 from subspan.train.callbacks import MetricsCallback, MetricsFile, ProgressCallback, StopCallback
 from subspan.train.config import PretrainConfig, write_text
 from subspan.train.data import PackedDataset, StreamedDataset, TextData, load_data
@@ -71,7 +73,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> RunSu
     changed_versions = folder.check(config, data)
     finished = finished_summary(folder.path, MetricsFile.read(folder.metrics))
     if finished is not None and finished.step == folder.step == config.steps:
-        console.print(f"The run in {folder.path} is finished: perplexity {finished.perplexity_text}.")
+        console.print(f"The run in {escape(str(folder.path))} is finished: perplexity {finished.perplexity_text}.")
         return finished
 
     trainer = build_trainer(config, folder, data, model)
@@ -82,14 +84,14 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> RunSu
     # Nothing is written before all that can be refused has been looked at.
     folder.write(config, data)
     metrics = MetricsFile(folder.metrics, folder.step)
-    trainer.add_callback(MetricsCallback(metrics))
+    trainer.add_callback(MetricsCallback(metrics, data.bad))
     trainer.add_callback(RanksCallback(metrics, trainer.low_rank_optimizer))
     show_start(console, config, model, trainer.low_rank_optimizer, data, folder.path, folder.step)
     for message in folder.skipped:
         console.print(message, style="yellow", markup=False, highlight=False)
     if changed_versions:
         console.print(
-            f"[yellow]Not the versions that the run was started with ({'; '.join(changed_versions)}): "
+            f"[yellow]Not the versions that the run was started with ({escape('; '.join(changed_versions))}): "
             "the numbers may differ in the last digits.[/]"
         )
 
@@ -109,7 +111,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> RunSu
         progress, losses, signal = trainer.snapshot(), trainer.state.log_history, stop.signal
         if trainer.state.global_step < config.steps:
             _say_how_to_continue(trainer, folder, console)
-            return _summary(trainer, folder, trainer.state.global_step, progress, None, signal)
+            return _summary(trainer, folder, trainer.state.global_step, progress, None, signal, data.bad)
     else:
         # Killed between the last checkpoint and the last line of the metrics.
         trainer._load_from_checkpoint(str(folder.checkpoint))
@@ -117,7 +119,7 @@ def pretrain(config: PretrainConfig, *, console: Console | None = None) -> RunSu
     assert progress is not None
     eval_loss = next(entry["eval_loss"] for entry in reversed(losses) if "eval_loss" in entry)
     lines = metrics.read(metrics.path)
-    summary = _summary(trainer, folder, config.steps, progress, eval_loss, signal)
+    summary = _summary(trainer, folder, config.steps, progress, eval_loss, signal, data.bad)
     summary = dataclasses.replace(summary, mean_rank=mean_rank(lines, config.steps))
     picture = plot_ranks(lines, config.steps, folder.path)
     sample = None
@@ -143,6 +145,7 @@ def load_run(config: PretrainConfig, console: Console) -> tuple[TextData, PreTra
             seq_len=config.seq_len,
             validation=config.validation,
             seed=config.seed,
+            bad_records=config.bad_records,
         )
     with console.status("Building the model ..."):
         model = build_model(
@@ -249,7 +252,7 @@ def _evaluated(validation: PackedDataset, config: PretrainConfig) -> Dataset[Any
 def _say_how_to_continue(trainer: PretrainTrainer, folder: RunFolder, console: Console) -> None:
     console.print(f"\nStopped and saved at step {trainer.state.global_step} of {trainer.config.steps}. Continue with")
     command = f"  subspan pretrain --config {folder.path / 'config.yaml'} --resume auto"
-    console.print(command, highlight=False, soft_wrap=True)
+    console.print(command, markup=False, highlight=False, soft_wrap=True)
 
 
 def _summary(
@@ -259,6 +262,7 @@ def _summary(
     progress: dict[str, Any],
     eval_loss: float | None,
     signal: int | None,
+    bad: BadRecords,
 ) -> RunSummary:
     tokens = step * trainer.tokens_per_step
     return RunSummary(
@@ -273,5 +277,6 @@ def _summary(
         planned_state_bytes=sum(progress["planned_state_bytes"].values()),
         peak_memory_bytes=peak_memory_bytes(),
         skipped_steps=progress["skipped_steps"],
+        bad_records=bad.count,
         signal=signal,
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from subspan.train.callbacks import MetricsFile, json_line
@@ -66,7 +67,7 @@ def sweep(config: PretrainConfig, grid: dict[str, Any], *, console: Console | No
     for number, settings in enumerate(combinations, start=1):
         folder = output / _name(settings)
         single = _apply(dataclasses.replace(config, output=str(folder), resume="auto"), settings)
-        console.print(f"[bold]Run {number} of {len(combinations)}: {_name(settings)}[/]", highlight=False)
+        console.print(f"[bold]Run {number} of {len(combinations)}: {escape(_name(settings))}[/]", highlight=False)
         summary = finished_summary(folder, MetricsFile.read(folder / METRICS_FILE))
         if summary is None or summary.step != single.steps:
             summary = pretrain(single, console=console)
@@ -142,12 +143,14 @@ def _loss(summary: RunSummary) -> float:
 
 def _show(console: Console, result: SweepResult, output: Path) -> None:
     axes = list(result.runs[0][0])
-    table = Table(*axes, "eval loss", "perplexity", "tokens/s", "state bytes", box=None, header_style="bold")
+    table = Table(
+        *map(escape, axes), "eval loss", "perplexity", "tokens/s", "state bytes", box=None, header_style="bold"
+    )
     for settings, summary in result.runs:
         figures = (summary.loss_text, summary.perplexity_text, f"{summary.tokens_per_second:,.0f}")
-        table.add_row(*(str(settings[axis]) for axis in axes), *figures, f"{summary.state_bytes:,}")
+        table.add_row(*(escape(str(settings[axis])) for axis in axes), *figures, f"{summary.state_bytes:,}")
     console.print(table)
-    console.print(f"Results: {output / RESULTS_FILE}", soft_wrap=True)
+    console.print(f"Results: {output / RESULTS_FILE}", markup=False, soft_wrap=True)
 
 
 def _plot(result: SweepResult, axes: list[str], output: Path) -> None:
