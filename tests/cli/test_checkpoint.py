@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from subspan.analysis.spectrum_sources import _weight_files
 from subspan.checkpoint import CheckpointWriteError, latest, staging, verify
 from subspan.cli.main import main
 from subspan.train.presets import build_model
@@ -150,6 +152,14 @@ class Projector:
     def __init__(self, ortho_matrix: torch.Tensor) -> None:
         self.rank, self.update_proj_gap, self.scale, self.proj_type = 4, 5, 0.25, "std"
         self.ortho_matrix = ortho_matrix
+
+
+def test_parts_are_taken_for_no_model(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    save_file({"a": torch.ones(2, 2)}, tmp_path / "shard-00001-model-00001-of-00001.safetensors")
+    for read in (build_model, _weight_files):
+        with pytest.raises(ValueError, match=r"parts that several processes wrote; .*subspan checkpoint convert"):
+            read(str(tmp_path) if read is build_model else tmp_path)  # type: ignore[operator]
 
 
 #: Package: module and class of its projector, what its groups have beside, and the subspace that takes over.

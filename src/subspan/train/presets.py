@@ -110,6 +110,11 @@ def build_model(
         return _initialise(_config_with(_read_config(path), vocab_size, name_or_path), seed, dtype, seq_len)
     if path.is_dir():
         config = _read_config(path)
+        if any(path.glob("shard-*.safetensors")):
+            raise ValueError(
+                f"{str(path)!r} holds the parts that several processes wrote; make a model of them first: "
+                f"subspan checkpoint convert {path} MODEL_FOLDER."
+            )
         if not any(path.glob("*.safetensors")):
             if weights := [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]:
                 raise ValueError(
