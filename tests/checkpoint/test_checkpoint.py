@@ -105,6 +105,8 @@ def test_tied_weights_are_saved_once(tmp_path: Path) -> None:
     other = nn.ModuleDict({"first": nn.Linear(8, 8, bias=False), "second": nn.Linear(8, 8, bias=False)})
     load_checkpoint(folder, other)
     assert torch.equal(other["second"].weight, network["first"].weight)
+    other["second"].weight = other["first"].weight
+    load_checkpoint(folder, other)
     assert (folder / "model.safetensors").stat().st_size < 8 * 8 * 4 * 2
 
 
@@ -142,6 +144,24 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"optimizer.json is missing"):
         network = model()
         load_checkpoint(folder, network, galore(network))
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "checkpoint.manifest.SCHEMA",
+        "checkpoint.states.OPTIMIZER_SCHEMA",
+        "optim.loading.SCHEMA",
+    ],
+)
+def test_a_newer_format_is_refused(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = model()
+    optimizer = galore(network)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"subspan.{place}", 2)
+        folder = save_checkpoint(tmp_path / "checkpoint-1", network, optimizer)
+    with pytest.raises(ValueError, match="has format 2, newer than 1; update subspan"):
+        load_checkpoint(folder, network, optimizer)
 
 
 def edit(path: Path, change: Any) -> None:

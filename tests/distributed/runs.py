@@ -62,7 +62,7 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
     rank: int = 4
     size: int = 32
-    steps: int = 12
+    steps: int = 8
     pieces: int = 1
     clip: float = 0.0
     poison: int | None = None

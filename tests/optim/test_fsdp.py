@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from subspan.linalg import division
 from subspan.optim import GaLore, LowRankOptimizer, create_optimizer
 
 STEPS, GAP = 50, 10
@@ -35,16 +36,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class Block(nn.Module):
-    """Matrices of both sides, one with a side below the rank, and one whose rows do not reach all processes."""
+    """Matrices of both sides, one of whose sides is below the rank, and does not reach all processes, and experts."""
 
     def __init__(self) -> None:
         super().__init__()
         self.wide, self.tall = nn.Linear(19, 30), nn.Linear(30, 19)
         self.square, self.small = nn.Linear(19, 19), nn.Linear(19, 5)
         self.long = nn.Linear(5, 19)
+        self.experts = nn.Parameter(torch.randn(3, 19, 19) / 10)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.tall(torch.tanh(self.wide(x)))
+        x = x + torch.tanh(torch.einsum("bi,eio->ebo", x, self.experts)).mean(dim=0)
         return x + self.long(torch.tanh(self.small(torch.tanh(self.square(x)))))
 
 
@@ -199,6 +202,38 @@ def checks(rank: int, world: int, folder: str) -> None:
     into.load_state_dict(saved)
     assert torch.equal(into.state[whole[0].tall.weight]["basis"], Q)
 
+    # A step of matrices that are projected from the right says a few numbers, whatever their size is.
+    calls: list[tuple[str, int]] = []
+
+    def count(kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(X: Tensor, *arguments: Any, **keywords: Any) -> Any:
+            calls.append((kind, X.numel()))
+            return call(X, *arguments, **keywords)
+
+        return counted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", count("reduce", dist.all_reduce))
+        for name in ("_all_gather", "_reduce_scatter"):
+            patch.setattr(division, name, count(name, getattr(division, name)))
+        for divides in (False, True):
+            right = divided(nn.Sequential(nn.Linear(19, 30, bias=False), nn.Linear(30, 60, bias=False)), (world,))
+            optimizer = GaLore(right, rank=6, stagger=False)
+            if divides:
+                optimizer.divide_bases()
+            for _ in range(2):
+                backward(right)
+                calls.clear()
+                optimizer.step()
+                optimizer.zero_grad()
+            assert calls[0] == ("reduce", 2)  # which parameters are not finite
+            # Norms of the rows of R: together, or with each basis that is gathered.
+            assert calls[1:] == (
+                [("_all_gather", 20 * 6), ("reduce", 6), ("_all_gather", 30 * 6), ("reduce", 6)]
+                if divides
+                else [("reduce", 12)]
+            )
+
     # What is not possible says so.
     for settings, message in (
         ({"refresh": "late"}, "a late refresh folds gradients"),
@@ -207,7 +242,7 @@ def checks(rank: int, world: int, folder: str) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             GaLore(model, rank=6, **settings)
-    with pytest.raises(RuntimeError, match="fully_shard|FSDP"):
+    with pytest.raises(RuntimeError, match="FSDP"):
         GaLore(model, rank=6).fuse_into_backward()
     with pytest.raises(RuntimeError, match="too late"):
         optimizer.divide_bases()

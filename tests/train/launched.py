@@ -22,6 +22,13 @@ RANK = int(os.environ.get("RANK", "0"))
 #: 42 held-out sequences: 11 batches of 4 for 2 processes, the last one of 2.
 UNEVEN = {"eval_batches": 11}
 STREAM = {"grad_accumulation": 2}
+#: Ways to share the work, each with the run of one process that it has to follow.
+WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "projected": ({"max_grad_norm": 0.0}, {"max_grad_norm": 0.0, "grad_accumulation": 2}),
+    "slots": ({"gradient": "projected"}, {"gradient": "projected", "grad_accumulation": 2}),
+    "divided": ({"shard": "full", "method": "fira"}, {"method": "fira", "grad_accumulation": 2}),
+    "bases": ({"shard": "bases"}, {"grad_accumulation": 2}),
+}
 
 
 def record_sequences(patch: pytest.MonkeyPatch, file: Path) -> None:
@@ -89,6 +96,14 @@ def main(folder: Path) -> None:
             run(folder, **changes)
         run(folder, **changes, resume="auto")
 
+    for name, (changes, _) in WAYS.items():
+        run(folder, output=str(folder / name), **changes)
+    for name in ("bases-cut", "bases-fewer"):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            stop_after(patch, 7)
+            run(folder, output=str(folder / name), shard="bases")
+    run(folder, output=str(folder / "bases-cut"), shard="bases", resume="auto")
+
     with pytest.MonkeyPatch.context() as patch:
         poison(patch, range(5, 7))
         run(folder, output=str(folder / "poisoned"), optimizer={"update_proj_gap": 5})
@@ -96,12 +111,13 @@ def main(folder: Path) -> None:
         poison(patch, range(5, 100))
         answers["diverged"] = refused(folder, output=str(folder / "diverged"), max_bad_steps=3)
     answers["checkpoints"] = sorted(path.name for path in (folder / "diverged").glob("checkpoint-*"))
-    run(folder, output=str(folder / "chunked"), chunked_loss=True, grad_accumulation=2, dtype="amp")
+    run(folder, output=str(folder / "chunked"), chunked_loss=True, grad_accumulation=2)
 
     answers["settings"] = refused(folder, output=str(folder / "other"), weight_decay=0.1 * RANK)
     answers["folder"] = refused(folder, output="/proc/nowhere")
     answers["taken"] = refused(folder, output=str(folder / "two"))
     answers["batch"] = refused(folder, output=str(folder / "odd"), resume="auto", **UNEVEN, batch_size=3)
+    answers["backward"] = refused(folder, output=str(folder / "no"), method="fira", gradient="fused", max_grad_norm=0.0)
     answers["group"] = dist.is_initialized()
     (folder / f"answers-{RANK}.json").write_text(json.dumps(answers))
 

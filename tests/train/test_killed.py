@@ -57,7 +57,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     seconds = time.perf_counter() - begun
     assert "state_bytes" in metrics(tmp_path / "whole")[-1]
     random.seed(os.environ.get("SUBSPAN_SEED", 0))
-    kills = runs = in_saving = 0
+    kills = runs = 0
     while kills < KILLS:
         runs += 1
         output = tmp_path / f"cut-{runs}"
@@ -67,7 +67,6 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
                 assert process.exitcode == 0
                 break
             kills += 1
-            in_saving += (output / ".incomplete").exists()
         process = start(tmp_path, output)
         process.join()
         assert process.exitcode == 0, output
@@ -78,4 +77,4 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
             found, wanted = load_file(newest / name), load_file(expected / name)
             assert found.keys() == wanted.keys()
             assert all(torch.equal(found[key], wanted[key]) for key in found), (output, name)
-    print(f"{kills} kills in {runs} runs, {in_saving} of them while saving; a whole run takes {seconds:.1f} s")
+    print(f"{kills} kills in {runs} runs; a whole run takes {seconds:.1f} s")

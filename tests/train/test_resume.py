@@ -124,9 +124,8 @@ def test_killed_in_the_second_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_stream_continues_bit_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from subspan.train import data
 
-    monkeypatch.setattr(data, "BLOCK_DOCUMENTS", 20)
+    monkeypatch.setattr("subspan.train.stream.BLOCK_DOCUMENTS", 20)
     settings(tmp_path)
     (tmp_path / "set").mkdir()
     shutil.copy(tmp_path / "text.jsonl", tmp_path / "set" / "train.jsonl")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from subspan.checkpoint.manifest import Report, verify
 from subspan.checkpoint.plain import read_plain
@@ -19,7 +20,7 @@ from subspan.optim import LowRankOptimizer
 from subspan.optim.carry import carried
 from subspan.optim.names import canonical_name
 
-__all__ = ["check_model", "load_checkpoint", "load_weights", "read_document", "read_optimizer"]
+__all__ = ["load_checkpoint", "load_weights", "read_document", "read_optimizer"]
 
 _ADVICE = ". With carry_over=True what fits would be taken over"
 
@@ -53,12 +54,9 @@ def load_checkpoint(
             says what differs.
     """
     folder = Path(folder)
-    tensors, _ = model_tensors(model)
-    _verify(folder, together=is_sharded(tensors)).raise_if_bad()
+    _verify(folder, together=is_sharded(dict(model.named_parameters()))).raise_if_bad()
     held = held_tensors(folder)
-    tied = read_plain(folder / TIED) if (folder / TIED).is_file() else {}
-    weights = {name: entry for name, entry in held.items() if "/" not in name}
-    check_model(folder, model, weights, tied)
+    _check_model(folder, model, held)
     if optimizer is not None:
         read_optimizer(folder, optimizer, model, carry_over=carry_over, held=held)
     load_weights(folder, model)
@@ -71,10 +69,10 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     Raises:
         ValueError: they are those of another model.
     """
+    held = held_tensors(folder)
+    tied = _check_model(folder, model, held)
     tensors, _ = model_tensors(model)
-    tied = read_plain(folder / TIED) if (folder / TIED).is_file() else {}
-    weights = {name: entry for name, entry in held_tensors(folder).items() if "/" not in name}
-    check_model(folder, model, weights, tied)
+    weights = {name: entry for name, entry in held.items() if "/" not in name}
     saved = read_tensors(folder, {name: empty_like(entry, tensors.get(name)) for name, entry in weights.items()})
     saved |= {name: saved[first] for name, first in tied.items()}
     model.load_state_dict({key: saved[canonical_name(key)] for key in model.state_dict()})
@@ -84,24 +82,22 @@ def _verify(folder: Path, *, together: bool) -> Report:
     """Check a checkpoint; processes that load it together divide its files among them."""
     if not together:
         return verify(folder)
-    listed = verify(folder, files=())
-    if not listed.ok:
-        return listed
-    assert listed.manifest is not None
-    share = sorted(listed.manifest.files)[dist.get_rank() :: processes()]
+    own = verify(folder, files=())
+    if own.manifest is not None and own.ok:
+        own = verify(folder, files=sorted(own.manifest.files)[dist.get_rank() :: processes()])
     problems: list[tuple[str, ...]] = [()] * processes()
-    dist.all_gather_object(problems, verify(folder, files=share).problems)
-    return Report(folder, tuple(dict.fromkeys(problem for part in problems for problem in part)), listed.manifest)
+    dist.all_gather_object(problems, own.problems)
+    return Report(folder, tuple(dict.fromkeys(problem for part in problems for problem in part)), own.manifest)
 
 
-def check_model(folder: Path, model: nn.Module, held: dict[str, Held], tied: dict[str, str]) -> None:
-    """Compare the names, shapes and dtypes of a model's state with those that a checkpoint holds.
-
-    Raises:
-        ValueError: they differ; the message says how.
-    """
+def _check_model(folder: Path, model: nn.Module, held: dict[str, Held]) -> dict[str, str]:
+    """Compare a model's state with what a checkpoint holds; returns what is tied to a tensor under another name."""
     expected = {canonical_name(key): value for key, value in model.state_dict().items()}
-    known = held | {name: held[first] for name, first in tied.items() if first in held}
+    tied: dict[str, str] = read_plain(folder / TIED) if (folder / TIED).is_file() else {}
+    # transformers saves what a model ties once, and says nothing about it.
+    tied = {name: first for name, first in (model_tensors(model)[1] | tied).items() if name not in held}
+    known = {name: entry for name, entry in held.items() if "/" not in name}
+    known |= {name: held[first] for name, first in tied.items() if first in held}
     differing = [f"{name} is missing" for name in expected if name not in known]
     differing += [f"{name} is not in this model" for name in known if name not in expected]
     for name, tensor in expected.items():
@@ -111,6 +107,7 @@ def check_model(folder: Path, model: nn.Module, held: dict[str, Held], tied: dic
     if differing:
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise ValueError(f"{folder} holds another model: {'; '.join(differing[:5])}{more}.")
+    return tied
 
 
 def read_document(folder: Path) -> dict[str, Any]:
@@ -149,15 +146,26 @@ def read_optimizer(
         _check_kind(folder, document, optimizer, names)
     into = {key: empty_like(held[key], like) for key, like in _likes(document["tensors"], optimizer, names).items()}
     tensors = read_tensors(folder, into)
-    if carry_over:
-        if not isinstance(optimizer, LowRankOptimizer):
-            raise ValueError(f"{type(optimizer).__name__} takes over no other state; carry it over to one of subspan")
+    if carry_over and not isinstance(optimizer, LowRankOptimizer):
+        raise ValueError(f"{type(optimizer).__name__} takes over no other state; carry it over to one of subspan")
+    if isinstance(optimizer, LowRankOptimizer) and carry_over and not _is_divided(optimizer):
         optimizer.load_state_dict(_carried(optimizer, document, tensors, names))
         return
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(optimizer_state(document, tensors, names))
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}{_ADVICE if isinstance(optimizer, LowRankOptimizer) else ''}") from error
+        advice = _ADVICE if isinstance(optimizer, LowRankOptimizer) else ""
+        if carry_over:
+            advice = ". What is divided over processes takes over the same shapes only: convert the checkpoint first"
+        raise ValueError(f"{folder}: {error}{advice}") from error
+    if carry_over:
+        for group, kept in zip(optimizer.param_groups, settings, strict=True):
+            group.update(kept)
+
+
+def _is_divided(optimizer: torch.optim.Optimizer) -> bool:
+    return any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
 
 
 def _carried(
@@ -200,9 +208,7 @@ def _check_kind(
 
 def _likes(keys: list[str], optimizer: torch.optim.Optimizer, names: list[list[str]]) -> dict[str, Tensor | None]:
     """For each state tensor one that is divided as it is to be: the one there is, else the parameter."""
-    if isinstance(optimizer, LowRankOptimizer) and is_sharded(
-        {str(i): p for group in optimizer.param_groups for i, p in enumerate(group["params"])}
-    ):
+    if isinstance(optimizer, LowRankOptimizer) and _is_divided(optimizer):
         optimizer.init_state()
     likes: dict[str, Tensor | None] = {}
     parameters = {

@@ -111,15 +111,14 @@ def verify(folder: str | Path, *, files: Iterable[str] | None = None) -> Report:
         The report; it raises nothing.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> from subspan.checkpoint import save_checkpoint
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = save_checkpoint(f"{folder}/checkpoint-1", torch.nn.Linear(2, 2))
         ...     whole = verify(path).ok
-        ...     (path / "model.safetensors").write_bytes(b"")
+        ...     (path / "extra.json").unlink()
         ...     whole, verify(path).problems
-        0
-        (True, ('model.safetensors has 0 bytes, not 168',))
+        (True, ('extra.json is missing',))
     """
     folder = Path(folder)
     try:

@@ -57,6 +57,7 @@ def save_checkpoint(
 
     Example:
         >>> import tempfile
+        >>> from subspan.checkpoint import load_checkpoint
         >>> from subspan.optim import GaLore
         >>> model = nn.Linear(16, 8)
         >>> optimizer = GaLore(model, rank=2)

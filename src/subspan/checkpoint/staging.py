@@ -105,10 +105,11 @@ def restore(run: Path) -> None:
     """Give back its name to a checkpoint that was about to be replaced when the process was killed."""
     for before in run.glob(f"*{_REPLACED}"):
         target = before.with_name(before.name.removesuffix(_REPLACED))
-        if target.exists():
-            remove(before)
-        else:
-            os.rename(before, target)
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if target.exists():
+                remove(before)
+            else:
+                os.rename(before, target)
 
 
 def remove(folder: Path) -> None:

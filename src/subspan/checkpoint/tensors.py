@@ -40,7 +40,7 @@ def write_sharded(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        dcp.save(dict(tensors), storage_writer=writer)
+        dcp.save({name: tensor.contiguous() for name, tensor in tensors.items()}, storage_writer=writer)
     except dcp.CheckpointException as error:  # every process gets it, and it is no Exception
         if dist.get_rank() in error.failures:
             raise error.failures[dist.get_rank()][0] from error

@@ -52,6 +52,10 @@ def power_sgd(ddp: DistributedDataParallel, rank: int, **settings: Any) -> Traff
             factors = state.p_memory_dict[bucket.index()].numel() + state.q_memory_dict[bucket.index()].numel()
             traffic.count("projected", factors * itemsize)
             traffic.count("dense", (numbers - factors) * itemsize)
+        if bucket.buffer().device.type == "cpu":
+            # Its later all-reduces start in threads of the backend there, for several buckets in any order, and the
+            # processes would mix them up. On a device they are queued at once.
+            future.wait()
         return future
 
     ddp.register_comm_hook(state, reduce)

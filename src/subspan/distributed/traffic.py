@@ -26,7 +26,7 @@ class Traffic:
 
     Example:
         >>> traffic = Traffic()
-        >>> traffic.count("projected", torch.zeros(4, 16))
+        >>> traffic.count("projected", 256)
         >>> traffic.take()
         {'projected': 256}
         >>> traffic.take(), traffic.total["projected"]
@@ -55,10 +55,11 @@ def traffic_table(rows: Mapping[str, Mapping[str, int]]) -> str:
         rows: what `Traffic.take` gave, by name.
 
     Example:
-        >>> print(traffic_table({"plain": {"dense": 4000}, "hook": {"dense": 500, "projected": 500}}))
-                    dense  projected      total   share
-        plain        4000          0       4000   1.000
-        hook          500        500       1000   0.250
+        >>> for line in traffic_table({"plain": {"dense": 4000}, "hook": {"projected": 1000}}).splitlines():
+        ...     print(" ".join(line.split()))
+        dense projected total share
+        plain 4000 0 4000 1.000
+        hook 0 1000 1000 0.250
     """
     kinds = [kind for kind in KINDS if any(row.get(kind) for row in rows.values())]
     width = max(8, *map(len, rows))

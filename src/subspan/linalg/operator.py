@@ -37,6 +37,11 @@ class MatrixOperator(ABC):
     def device(self) -> torch.device:
         """Device of the entries, and of the results."""
 
+    @property
+    def stack(self) -> tuple[tuple[int, ...], slice]:
+        """Leading dimensions for which random numbers are drawn, and the part of the first one that A is."""
+        return tuple(self.shape[:-2]), slice(None)
+
     @abstractmethod
     def matmul(self, X: Tensor) -> Tensor:
         """AX of shape (..., m, k) for X of shape (..., n, k)."""
@@ -81,6 +86,8 @@ class DenseOperator(MatrixOperator):
 
     Args:
         A: (..., m, n), floating-point, at least one row and one column.
+        part_of: A is a part of a stack of so many matrices, which lies on several processes, from this number on; it
+            is treated as it would be there.
 
     Raises:
         TypeError: if A is not a floating-point tensor.
@@ -91,7 +98,7 @@ class DenseOperator(MatrixOperator):
         tensor([[1., 1., 1.]])
     """
 
-    def __init__(self, A: Tensor) -> None:
+    def __init__(self, A: Tensor, part_of: tuple[int, int] | None = None) -> None:
         if not isinstance(A, Tensor) or not A.is_floating_point():
             found = f"a tensor of {A.dtype}" if isinstance(A, Tensor) else f"{type(A).__name__}"
             raise TypeError(f"a floating-point tensor or a MatrixOperator is needed, got {found}")
@@ -100,6 +107,15 @@ class DenseOperator(MatrixOperator):
                 f"a matrix or a batch of matrices (..., m, n) with m, n >= 1 is needed, got {tuple(A.shape)}"
             )
         self._A = A.detach()
+        self._part_of = part_of
+
+    @property
+    def stack(self) -> tuple[tuple[int, ...], slice]:
+        """Leading dimensions for which random numbers are drawn, and the part of the first one that A is."""
+        if self._part_of is None:
+            return super().stack
+        size, start = self._part_of
+        return (size,), slice(start, start + self._A.shape[0])
 
     @property
     def shape(self) -> torch.Size:

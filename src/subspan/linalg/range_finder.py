@@ -117,13 +117,15 @@ def range_finder(
     if not rotate:
         return RangeFinderResult(Q.mul_(canonical_signs(Q)), None, None)
     B = operator.rmatmul(Q * scale).mT
-    eigenvalues, X = torch.linalg.eigh(B @ B.mT)
+    # In float64, since a Gram matrix squares the condition number: in float32 rounding turned neighbouring directions.
+    B64 = B.double()
+    eigenvalues, X = (found.to(B.dtype) for found in torch.linalg.eigh(B64 @ B64.mT))
     eigenvalues, X = eigenvalues.flip(-1)[..., :rank], X.flip(-1)[..., :rank]
     Q, projected = Q @ X, X.mT @ B
     norms = torch.linalg.vector_norm(projected, dim=-1)
     kept = within_rank(norms, operator.shape[-2], operator.dtype)
     if not bool(kept.all()):  # asked so that yes, the answer of a simulation, is what nearly all gradients answer
-        Q = complete(Q, ~kept, m=operator.shape[-2], generator=generator)
+        Q = complete(Q, ~kept, m=operator.shape[-2], generator=generator, stack=operator.stack)
         projected = torch.where(kept.mT, projected, 0.0)
     signs = canonical_signs(Q)
     return RangeFinderResult(
@@ -272,11 +274,13 @@ def _sketched(
     """
     n, batch = operator.shape[-1], tuple(operator.shape[:-2])
     if sketch == "gaussian":
+        whole, part = operator.stack
         Omega = gaussian_sketch(
             n,
             width,
             generator=generator,
-            batch_shape=batch,
+            batch_shape=whole,
+            part=part,
             scale=scale,
             device=operator.device,
             dtype=operator.dtype,

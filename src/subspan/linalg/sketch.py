@@ -63,6 +63,7 @@ def gaussian_sketch(
     scale: float | Tensor = 1.0,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
+    part: slice = slice(None),
 ) -> Tensor:
     """Gaussian test matrix Ω with independent entries N(0, scale²).
 
@@ -74,12 +75,13 @@ def gaussian_sketch(
         l: columns of Ω, the width of the sketch.
         generator: CPU generator, advanced by the call; None is torch's own.
         batch_shape: leading dimensions.
-        scale: factor, a number or a tensor that broadcasts against (..., n, l).
+        scale: factor, a number or a tensor that broadcasts against the result.
         device: device of the result, the CPU by default.
         dtype: floating-point type of the result.
+        part: of the first leading dimension; all is drawn, and this kept.
 
     Returns:
-        Ω of shape (*batch_shape, n, l).
+        Ω of shape (*batch_shape, n, l), or that part of it.
 
     Example:
         >>> gaussian_sketch(6, 2, generator=seeded_generator(0)).shape
@@ -88,12 +90,18 @@ def gaussian_sketch(
     Source: Halko, Martinsson, Tropp, arXiv:0909.4061.
     """
     drawn_as = torch.promote_types(dtype, torch.float32)
-    count = torch.Size(batch_shape).numel()
-    omega = torch.empty(count, n, l, dtype=drawn_as)
-    for matrix in omega:
-        matrix.normal_(generator=generator)
+    kept = range(*batch_shape[:1])[part] if batch_shape else range(1)
+    each = torch.Size(batch_shape[1:]).numel()
+    omega = torch.empty(len(kept) * each, n, l, dtype=drawn_as)
+    first, skipped = kept.start * each, torch.empty(0)
+    for number in range(torch.Size(batch_shape).numel()):
+        inside = first <= number < first + len(omega)
+        if not inside and not skipped.numel():
+            skipped = torch.empty(n, l, dtype=drawn_as)
+        (omega[number - first] if inside else skipped).normal_(generator=generator)
+    shape = (len(kept), *batch_shape[1:]) if batch_shape else ()
     # In place: the matrix is new, and another one of its size would be another piece of memory to fill.
-    return omega.reshape(*batch_shape, n, l).to(device).mul_(scale).to(dtype)
+    return omega.reshape(*shape, n, l).to(device).mul_(scale).to(dtype)
 
 
 @torch.no_grad()

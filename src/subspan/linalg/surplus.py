@@ -40,6 +40,7 @@ def complete(
     m: int,
     generator: torch.Generator | None,
     rows: slice = slice(None),
+    stack: tuple[tuple[int, ...], slice] = ((), slice(None)),
     orthonormalized: Callable[[Tensor], Tensor] = orthonormalize,
 ) -> Tensor:
     """Q with its ``surplus`` columns drawn anew: uniformly among the directions that are orthogonal to the others.
@@ -53,10 +54,13 @@ def complete(
         m: rows of the whole basis.
         generator: of the draw.
         rows: that this process has.
+        stack: `MatrixOperator.stack` of the matrix.
         orthonormalized: QR of the columns of a whole basis.
     """
+    batch, part = stack
+    scale = 1.0 / math.sqrt(m)
     drawn = gaussian_sketch(
-        m, Q.shape[-1], generator=generator, batch_shape=tuple(Q.shape[:-2]), scale=1.0 / math.sqrt(m), dtype=Q.dtype
+        m, Q.shape[-1], generator=generator, batch_shape=batch, part=part, scale=scale, dtype=Q.dtype
     )
     fresh = drawn[..., rows, :].to(Q.device)
     return torch.where(surplus, orthonormalized(torch.where(surplus, fresh, Q)), Q)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from subspan.optim.method import Geometry, State
+from subspan.optim.projection import Projection
 from subspan.optim.shards import WHOLE, Shards
 from subspan.state import Int8Weight
 from subspan.state.host import on_host
@@ -39,7 +40,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Task:
-    """One projected parameter in this step; ``projected`` is R where it is known already.
+    """One projected parameter in this step; ``projected`` is R, and ``projection`` P, where they are known already.
 
     Of one that is divided over processes all tensors are the pieces of this process.
     """
@@ -54,6 +55,7 @@ class Task:
     state: State
     projected: Tensor | None = None
     shards: Shards = WHOLE
+    projection: Projection | None = None
 
 
 def buckets(tasks: Iterable[Task]) -> list[list[Task]]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from subspan.linalg import DenseOperator, orthogonality_error, orthonormalize, seeded_generator
 from subspan.optim.dense import state_dtype
@@ -18,6 +17,7 @@ from subspan.optim.matrix import as_matrix, oriented, projects_right
 from subspan.optim.method import Geometry, Group, State
 from subspan.optim.projection import Linear
 from subspan.optim.refreshing import Refreshing
+from subspan.optim.shards import is_sharded
 from subspan.optim.storage import opened
 from subspan.optim.transport import resized
 from subspan.state import StateSpec, stored
@@ -79,7 +79,7 @@ def carried(
     states: dict[str, State] = {}
     anew = []
     for name, (parameter, group) in entries.items():
-        if isinstance(parameter, DTensor):
+        if is_sharded(parameter):
             raise ValueError(
                 f"{name} is divided over processes: carry the checkpoint over in one process first (subspan "
                 "checkpoint convert), then load it"

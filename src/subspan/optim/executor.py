@@ -177,9 +177,9 @@ class Executor(Averaged):
             assert geometry is not None
         age = self.method.transport.age(state, step + 1)
         task = Task(name, local(parameter), gradient, group, geometry, right, age, state, projected, shards)
-        if not work.due:
+        if not work.due and not shards.gathers_basis:
             return task
-        # At once, so that the projected gradients of a refresh of all parameters are not held together.
+        # At once, so that neither the projected gradients of a refresh nor all bases are held together.
         for bucket in buckets(self._screened([task])):
             self._step_bucket(bucket)
         return None
@@ -208,7 +208,7 @@ class Executor(Averaged):
         for task, projection, R, rows in zip(divided, projections, projected, totals, strict=True):
             if float(rows.sum()) <= torch.finfo(R.dtype).max:
                 R = projection.divided_without_round_off(R, rows, task.geometry.m, task.parameter.dtype)
-                result.append(replace(task, projected=R))
+                result.append(replace(task, projected=R, projection=projection))
             else:
                 self._skip(task.name)
         return result
@@ -249,9 +249,10 @@ class Executor(Averaged):
         else:
             R = gather([task.projected for task in bucket if task.projected is not None])
         bad = []
-        if shards.division is None:  # else all processes have looked at it together
+        if shards.division is None and R.numel():  # else all processes have looked at it together
             R = projection.without_round_off(R, geometry.m, first.parameter.dtype)
-            bad = nonfinite_projections(R, len(bucket)) if on_host(R.device) else []
+            # What one process alone would skip of a stack is stepped, as on a device.
+            bad = nonfinite_projections(R, len(bucket)) if on_host(R.device) and shards.mesh is None else []
         if bad:
             for position in bad:
                 self._skip(bucket[position].name)
@@ -277,6 +278,8 @@ class Executor(Averaged):
     def _projection(self, bucket: list[Task]) -> Projection:
         """The projection in force, for the pieces of this process where the parameter is divided."""
         first = bucket[0]
+        if first.projection is not None:
+            return first.projection
         tensors = self._subspace_tensors(bucket) if first.geometry.projected else {}
         return first.shards.local_projection(self.method.projection(tensors, first.geometry))
 

@@ -149,6 +149,12 @@ class LowRankOptimizer(Executor):
                     state["turned"] = torch.ones((), dtype=torch.int64)
         self._fusion = BackwardFusion(self, self._projected, self._fold_in_backward)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; where gradients are taken in backward, those of the group are too."""
+        super().add_param_group(param_group)
+        if self._fusion is not None:
+            self._fusion.bind()
+
     def divide_bases(self) -> None:
         """Divide all bases over the processes of `fully_shard`, and gather each one when it is used.
 
@@ -278,7 +284,7 @@ class LowRankOptimizer(Executor):
                 f"{name}: a second backward before step(): {self.method.name} needs the gradient itself and has "
                 "updated the weights already; accumulate without fuse_into_backward(), or use GaLore"
             )
-        self._stepped[name] = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).double().square()
+        self._stepped[name] = squared_norm(parameter.grad)
         work = self._look(name, parameter, group)
         if nonfinite_gradients([(name, parameter)]):
             if self.nonfinite == "raise":

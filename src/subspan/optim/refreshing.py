@@ -145,7 +145,7 @@ class Refreshing(StoredOptimizer):
         state = self._state(parameter)
         geometry = self._geometry(name, parameter, group, state, refresh=True)
         assert geometry is not None
-        if not geometry.projected:
+        if not geometry.projected or 0 in operator.shape:  # this process may have none of a stack
             return Found({})
         generator = seeded_generator(self.seed, self._partners(name)[0], int(state["refreshes"]))
         return self.method.subspace.find(operator, geometry, generator=generator, step=step, group=group)
@@ -340,7 +340,9 @@ class Refreshing(StoredOptimizer):
         """
         partners = [partner for partner in self._partners(name) if partner in self._folded]
         stacked = [self._folded[partner].gradient() for partner in partners]
-        Q, X = turned(self._state(self._bound[name])["basis"], stacked)
+        state, dtype = self._state(self._bound[name]), self._bound[name].dtype
+        generator = seeded_generator(self.seed, self._partners(name)[0], "turn", int(state["refreshes"]))
+        Q, X = turned(state["basis"], stacked, dtype, generator)
         for partner in partners:
             self._take_basis(partner, group, Q, int(self._state(self._bound[partner])["step"]))
             self._state(self._bound[partner])["turned"].fill_(1)
@@ -387,7 +389,9 @@ class Refreshing(StoredOptimizer):
         assert refresh is not None
         Ys = [Y for work in works if (Y := self._folded[work.name].whole_sketch()) is not None]
         spec = self._specs(first.name, first.parameter, first.group, self.state[first.parameter])["basis"]
-        Q, is_turned = basis_from_sketch(spec, functools.reduce(torch.add, Ys))
+        refreshes = int(self._state(first.parameter)["refreshes"])
+        generator = seeded_generator(self.seed, self._partners(first.name)[0], "surplus", refreshes)
+        Q, is_turned = basis_from_sketch(spec, functools.reduce(torch.add, Ys), first.parameter.dtype, generator)
         for work in works:
             state = self.state[work.parameter]
             step, none_before = int(state["step"]) - 1, int(state["refreshes"]) == 0

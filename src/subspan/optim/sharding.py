@@ -20,8 +20,10 @@ def shards_of(parameter: Tensor, geometry: Geometry | None, right: bool, divides
     mesh = parameter.device_mesh  # type: ignore[attr-defined]
     if geometry is None:
         return Shards(mesh=mesh)
+    if geometry.batch:
+        return Shards(stack=geometry.batch[0], mesh=mesh)
     division = Division("columns" if right else "rows", geometry.m, geometry.n, shard_group(mesh))
-    return Shards(division, not right and geometry.projected, divides_basis, mesh)
+    return Shards(division, not right and geometry.projected, None, divides_basis, mesh)
 
 
 def check_shardable(name: str, parameter: Tensor, group: Group, method: Method) -> None:
@@ -44,11 +46,6 @@ def check_shardable(name: str, parameter: Tensor, group: Group, method: Method) 
         raise ValueError(f"{name}: {reason}, which is not possible with parameters that fully_shard has divided")
     if isinstance(local(parameter), Int8Weight):
         raise ValueError(f"{name}: weights in int8 cannot be divided by fully_shard; keep them in float")
-    if parameter.ndim == 3 and group.get("rank") is not None:
-        raise ValueError(
-            f"{name}: a stack of matrices that fully_shard has divided cannot be projected; put it into a group "
-            "without rank, or leave its module out of fully_shard"
-        )
 
 
 def unshardable(method: Method, group: Group) -> str | None:
@@ -84,5 +81,5 @@ def agreed(bad: Sequence[str], looked_at: Sequence[tuple[str, Tensor]]) -> list[
 
 def squared_norm(X: Tensor) -> Tensor:
     """‖X‖² of a gradient, over all processes where it is divided; 0-D float64."""
-    square = torch.linalg.vector_norm(local(X), dtype=torch.float32).double().square()
+    square = torch.linalg.vector_norm(local(X), dtype=torch.promote_types(X.dtype, torch.float32)).double().square()
     return Division("rows", 1, 1, shard_group(X.device_mesh)).total(square) if is_sharded(X) else square  # type: ignore[attr-defined]

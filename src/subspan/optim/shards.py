@@ -50,18 +50,22 @@ class Shards:
     Args:
         division: of the oriented matrix; None where it is whole, or dense.
         reduces: whether R is a sum over the processes: a matrix that is projected and divided by rows.
+        stack: number of matrices, where the parameter is a stack of which each process has some.
         divides_basis: hold a piece of the basis also where all of it is used in each step, which gathers it each time.
         mesh: of the parameter; None where it is whole.
     """
 
     division: Division | None = None
     reduces: bool = False
+    stack: int | None = None
     divides_basis: bool = False
     mesh: Any = None
 
     def operator(self, G: Tensor) -> MatrixOperator:
         """The whole oriented gradient, of which G is the piece of this process."""
-        return DenseOperator(G) if self.division is None else DividedOperator(G, self.division)
+        if self.division is not None:
+            return DividedOperator(G, self.division)
+        return DenseOperator(G, None if self.stack is None else (self.stack, self.own(self.stack).start))
 
     def project(self, projection: Projection, G: Tensor) -> Tensor:
         """R = PᵀG: the columns of this process."""

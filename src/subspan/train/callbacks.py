@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from subspan.train.bad_records import BadRecords
 from subspan.train.config import write_text
 from subspan.train.processes import ALONE, Processes
 
@@ -86,10 +87,11 @@ class MetricsFile:
 
 
 class MetricsCallback(TrainerCallback):
-    """Writes what is logged to the metrics file."""
+    """Writes what is logged to the metrics file, and how many records of the data were left out so far."""
 
-    def __init__(self, file: MetricsFile) -> None:
+    def __init__(self, file: MetricsFile, bad: BadRecords) -> None:
         self.file = file
+        self.bad = bad
 
     def on_log(
         self,
@@ -102,7 +104,9 @@ class MetricsCallback(TrainerCallback):
         """Write one line for a training loss, an evaluation or a spike."""
         logs = logs or {}
         if {"loss", "eval_loss", "spike"} & logs.keys():
-            self.file.write({"step": state.global_step, **{key: logs[key] for key in _METRICS if key in logs}})
+            counted = {"bad_records": self.bad.count} if self.bad.count else {}
+            known = {key: logs[key] for key in _METRICS if key in logs}
+            self.file.write({"step": state.global_step, **known, **counted})
 
 
 class ProgressCallback(TrainerCallback):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -12,7 +13,9 @@ from typing import Any, Literal
 
 import yaml
 
-__all__ = ["PretrainConfig", "differences", "read_config", "write_text"]
+from subspan.train.settings_file import read_settings
+
+__all__ = ["PretrainConfig", "check_types", "differences", "read_config", "write_text"]
 
 #: Settings that leave the training itself alone, so that a resumed run may change them.
 _HARMLESS = frozenset(
@@ -20,6 +23,7 @@ _HARMLESS = frozenset(
         "output",
         "resume",
         "report_to",
+        "bad_records",
         "measure_memory",
         "log_every",
         "eval_every",
@@ -49,6 +53,8 @@ class PretrainConfig:
             the training text.
         vocab_size: Tokens of the BPE that is trained; the model gets the same vocabulary.
         validation: Share of the text that is held out for validation.
+        bad_records: What becomes of records that cannot be used (no text, broken JSON, not UTF-8) and of files that
+            cannot be read: error, which says where they are; or skip: they are left out and counted.
         rank: Directions kept of each projected matrix. None: the method's own, else a quarter of the hidden width.
             With ``--optimizer.rank_policy tolerance --optimizer.rtol 0.2`` each matrix gets as many as leave at most
             the share `rtol` of its gradient's norm outside, and `rank` is the most (None: half of the hidden width).
@@ -64,7 +70,7 @@ class PretrainConfig:
         max_grad_norm: Gradients are clipped to this norm; 0 clips nothing.
         max_bad_steps: Steps in a row whose loss or gradients are not finite, before the run gives up. A step whose
             loss is not finite changes nothing.
-        spike: A loss this many standard deviations above the mean of the last 100 steps is counted and written to
+        spike: A loss this many standard deviations above the mean of the last 20 steps is counted and written to
             metrics.jsonl; 0 looks for none.
         schedule: Learning rate after the warm-up: cosine to a tenth of the peak, linear to zero, or constant.
         warmup: Steps of linear warm-up; below 1, a share of all steps.
@@ -114,6 +120,7 @@ class PretrainConfig:
     tokenizer: str | None = None
     vocab_size: int = 4096
     validation: float = 0.05
+    bad_records: Literal["error", "skip"] = "error"
     rank: int | None = None
     target_modules: str | list[str] = "all-linear"
     exclude: list[str] = field(default_factory=list)
@@ -158,6 +165,7 @@ class PretrainConfig:
         Raises:
             ValueError: naming the setting, its value and what is allowed.
         """
+        check_types(self)
         counts = ("steps", "batch_size", "grad_accumulation", "log_every", "eval_batches", "keep_checkpoints")
         for name in (*counts, "max_bad_steps"):
             self._demand(name, getattr(self, name) >= 1, "at least 1")
@@ -170,6 +178,7 @@ class PretrainConfig:
         self._demand("seq_len", self.seq_len >= 2, "at least 2 tokens")
         self._demand("rank", self.rank is None or self.rank >= 1, "at least 1, or null for a quarter of the width")
         self._demand("validation", 0 < self.validation < 1, "between 0 and 1")
+        self._demand("bad_records", self.bad_records in ("error", "skip"), "error or skip")
         self._demand("schedule", self.schedule in ("cosine", "linear", "constant"), "cosine, linear or constant")
         self._demand("dtype", self.dtype in ("float32", "bfloat16", "amp"), "float32, bfloat16 or amp")
         self._demand("weight_storage", self.weight_storage in (None, "float", "int8"), "float, int8 or null")
@@ -199,15 +208,51 @@ def read_config(path: Path) -> PretrainConfig:
     Raises:
         ValueError: not such a file; an unknown setting is named with the closest one.
     """
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no settings.")
+    content = read_settings(path)
     known = [setting.name for setting in dataclasses.fields(PretrainConfig)]
     for name in content:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
             raise ValueError(f"{path}: unknown setting {name!r}{f'; did you mean {close[0]!r}?' if close else '.'}")
     return PretrainConfig(**content)
+
+
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "a text"),
+    "list[str]": ((list,), "a list of texts"),
+    "str | list[str]": ((str, list), "a text or a list of texts"),
+    "dict[str, Any]": ((dict,), "a mapping"),
+}
+
+
+def check_types(settings: Any) -> None:
+    """Check that the values of a dataclass of settings are what its annotations say, and that numbers are usable.
+
+    Raises:
+        ValueError: naming the setting, its value and what is allowed.
+
+    Example:
+        >>> PretrainConfig(steps="many")
+        Traceback (most recent call last):
+        ValueError: steps is 'many'; it must be a whole number.
+    """
+    for setting in dataclasses.fields(settings):
+        value, annotation = getattr(settings, setting.name), str(setting.type)
+        kind = annotation.removesuffix(" | None")
+        if kind not in _KINDS or (value is None and kind != annotation):
+            continue
+        types, allowed = _KINDS[kind]
+        good = isinstance(value, types) and (types == (bool,) or not isinstance(value, bool))
+        good = good and not (isinstance(value, list) and not all(isinstance(item, str) for item in value))
+        if good and isinstance(value, int) and abs(value) >= 1 << 32:
+            good, allowed = False, "smaller than 2^32"
+        if good and isinstance(value, float) and not math.isfinite(value):
+            good, allowed = False, "finite"
+        if not good:
+            raise ValueError(f"{setting.name} is {value!r}; it must be {allowed}.")
 
 
 def differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FaultsCallback"]
 
-#: Steps whose losses say what is usual, and how many have to be there before anything is called a spike.
-_RECENT, _ENOUGH = 100, 20
+#: Steps whose losses say what is usual: few, since a loss that falls is spread widely over many.
+_RECENT = 20
 
 
 class FaultsCallback(TrainerCallback):
@@ -77,19 +77,21 @@ class FaultsCallback(TrainerCallback):
         if self._in_a_row >= (most := trainer.config.max_bad_steps):
             what = "the loss" if not finite else "a gradient"
             raise FloatingPointError(
-                f"{what} was not finite in {most} steps in a row, up to step {state.global_step}; they changed "
-                "nothing that was not finite, and the checkpoints of this run are kept. Try a lower --lr, a longer "
-                "--warmup, a smaller --max_grad_norm or --dtype float32; --max_bad_steps is how many are let pass."
+                f"{what} was not finite in {most} steps in a row, up to step {state.global_step}. Such steps change "
+                "nothing, and the checkpoints from before are kept. Try a lower --lr, a longer --warmup, a smaller "
+                "--max_grad_norm or --dtype float32; --max_bad_steps says how many are let pass."
             )
         if finite:
             self._look_for_spike()
 
     def _look_for_spike(self) -> None:
-        if (deviations := self.trainer.config.spike) and len(self._recent) >= _ENOUGH:
+        loss = self._loss
+        if (deviations := self.trainer.config.spike) and len(self._recent) == _RECENT:
             mean = statistics.fmean(self._recent)
             # At least a hundredth of the mean, so that a loss that hardly moves has no spikes of rounding.
-            usual = max(statistics.pstdev(self._recent, mean), 0.01 * abs(mean))
-            if self._loss > mean + deviations * usual:
+            most = mean + deviations * max(statistics.pstdev(self._recent, mean), 0.01 * abs(mean))
+            if loss > most:
                 self.spikes += 1
-                self.trainer.log({"spike": self._loss, "usual_loss": mean})
-        self._recent.append(self._loss)
+                self.trainer.log({"spike": loss, "usual_loss": mean})
+                loss = most  # one spike must not hide the next
+        self._recent.append(loss)

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, default_data_collator
 
 from subspan.memory import plan
+from subspan.train.bad_records import BadRecords
 from subspan.train.callbacks import MetricsCallback, MetricsFile, ProgressCallback, StopCallback
 from subspan.train.config import PretrainConfig, write_text
 from subspan.train.data import PackedDataset, StreamedDataset, TextData, load_data
@@ -26,6 +28,7 @@ from subspan.train.presets import build_model, model_tokenizer
 from subspan.train.processes import ALONE, Processes, join
 from subspan.train.ranks import RanksCallback, mean_rank, plot_ranks
 from subspan.train.run_folder import (
+    CONFIG_FILE,
     RunFolder,
     check_space,
     claim,
@@ -103,7 +106,7 @@ def _pretrain(
     config: PretrainConfig, processes: Processes, lock: RunLock, console: Console, reached: _Progress
 ) -> RunSummary:
     def open_folder() -> RunFolder:
-        if lock.folder.is_dir():
+        if (lock.folder / CONFIG_FILE).exists():  # else it is no run yet, and perhaps a folder of something else
             lock.take()
         return open_run_folder(config)
 
@@ -115,7 +118,7 @@ def _pretrain(
     changed_versions = processes.from_first(lambda: folder.check(config, data))
     finished = finished_summary(folder.path, MetricsFile.read(folder.metrics))
     if finished is not None and finished.step == folder.step == config.steps:
-        console.print(f"The run in {folder.path} is finished: perplexity {finished.perplexity_text}.")
+        console.print(f"The run in {escape(str(folder.path))} is finished: perplexity {finished.perplexity_text}.")
         return finished
 
     if config.shard != "none" and processes.size > 1:
@@ -137,14 +140,14 @@ def _pretrain(
 
     metrics = processes.from_first(write)
     if processes.first:
-        trainer.add_callback(MetricsCallback(metrics))
+        trainer.add_callback(MetricsCallback(metrics, data.bad))
         trainer.add_callback(RanksCallback(metrics, trainer.low_rank_optimizer))
     show_start(console, config, model, trainer, data, folder.path, folder.step)
     for message in folder.skipped:
         console.print(message, style="yellow", markup=False, highlight=False)
     if changed_versions:
         console.print(
-            f"[yellow]Not the versions that the run was started with ({'; '.join(changed_versions)}): "
+            f"[yellow]Not the versions that the run was started with ({escape('; '.join(changed_versions))}): "
             "the numbers may differ in the last digits.[/]"
         )
 
@@ -164,7 +167,7 @@ def _pretrain(
         progress, losses, signal = trainer.snapshot(), trainer.state.log_history, stop.signal
         if trainer.state.global_step < config.steps:
             _say_how_to_continue(trainer, folder, console)
-            return _summary(trainer, folder, trainer.state.global_step, progress, None, signal)
+            return _summary(trainer, folder, trainer.state.global_step, progress, None, signal, data.bad)
     else:
         # Killed between the last checkpoint and the last line of the metrics.
         trainer._load_from_checkpoint(str(folder.checkpoint))
@@ -172,7 +175,7 @@ def _pretrain(
     assert progress is not None
     eval_loss = next(entry["eval_loss"] for entry in reversed(losses) if "eval_loss" in entry)
     lines = metrics.read(metrics.path)
-    summary = _summary(trainer, folder, config.steps, progress, eval_loss, signal)
+    summary = _summary(trainer, folder, config.steps, progress, eval_loss, signal, data.bad)
     summary = dataclasses.replace(summary, mean_rank=mean_rank(lines, config.steps))
     sample = None
     if math.isfinite(eval_loss):
@@ -205,6 +208,7 @@ def load_run(
             seq_len=config.seq_len,
             validation=config.validation,
             seed=config.seed,
+            bad_records=config.bad_records,
         )
 
     with console.status("Loading the data ..."):
@@ -329,7 +333,7 @@ def _evaluated(validation: PackedDataset, config: PretrainConfig) -> Dataset[Any
 def _say_how_to_continue(trainer: PretrainTrainer, folder: RunFolder, console: Console) -> None:
     console.print(f"\nStopped and saved at step {trainer.state.global_step} of {trainer.config.steps}. Continue with")
     command = f"  subspan pretrain --config {folder.path / 'config.yaml'} --resume auto"
-    console.print(command, highlight=False, soft_wrap=True)
+    console.print(command, markup=False, highlight=False, soft_wrap=True)
 
 
 def _summary(
@@ -339,6 +343,7 @@ def _summary(
     progress: dict[str, Any],
     eval_loss: float | None,
     signal: int | None,
+    bad: BadRecords,
 ) -> RunSummary:
     tokens = step * trainer.tokens_per_step
     return RunSummary(
@@ -353,5 +358,6 @@ def _summary(
         planned_state_bytes=sum(progress["planned_state_bytes"].values()),
         peak_memory_bytes=peak_memory_bytes(),
         skipped_steps=progress["skipped_steps"],
+        bad_records=bad.count,
         signal=signal,
     )

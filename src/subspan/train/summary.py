@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console, Group
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -43,6 +44,7 @@ class RunSummary:
         planned_state_bytes: optimizer state that was planned.
         peak_memory_bytes: of the GPU, or of the process.
         skipped_steps: steps of single parameters that were left out for gradients that are not finite.
+        bad_records: records of the data that were left out.
         signal: number of the signal that came during the run, or None; one that came in the last step stopped nothing.
         mean_rank: over all projected matrices and all steps, where ranks change; else None.
     """
@@ -58,6 +60,7 @@ class RunSummary:
     planned_state_bytes: int
     peak_memory_bytes: int
     skipped_steps: int
+    bad_records: int = 0
     signal: int | None = None
     mean_rank: float | None = None
 
@@ -109,18 +112,19 @@ def show_start(
     projected = sum(_numel(row.shape) for row in rows if row.rank is not None)
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
-    facts.add_row("model", f"{config.model}: {total:,} parameters, {projected / total:.0%} of them projected")
+    facts.add_row("model", f"{escape(config.model)}: {total:,} parameters, {projected / total:.0%} of them projected")
     sequences = f"{len(data.train):,} sequences" if isinstance(data.train, PackedDataset) else "streamed"
     held_out = f"{len(data.validation):,} held out for validation"
-    facts.add_row(
-        "data", f"{config.data or 'Python standard library'}: {sequences} of {config.seq_len} tokens, {held_out}"
-    )
+    text = escape(config.data or "Python standard library")
+    facts.add_row("data", f"{text}: {sequences} of {config.seq_len} tokens, {held_out}")
+    if data.bad.count:
+        facts.add_row("", Text(str(data.bad)))
     tokens = trainer.tokens_per_step
     facts.add_row("steps", f"{config.steps:,} of {tokens:,} tokens, {config.schedule} schedule")
     if (processes := trainer.processes).size > 1:
         passes = f"{arguments.gradient_accumulation_steps} x {arguments.train_batch_size} sequences each"
         facts.add_row("processes", f"{processes.size}, {passes}, {_exchanged(config, trainer)}")
-    facts.add_row("output", str(output) + (f" (continues at step {step})" if step else ""))
+    facts.add_row("output", escape(str(output)) + (f" (continues at step {step})" if step else ""))
     console.print(facts)
     console.print()
     console.print(_table(optimizer))
@@ -160,7 +164,7 @@ def _table(optimizer: LowRankOptimizer) -> Table:
         row = same[0]
         kept = row.rank_text if row.rank is None else f"{row.rank_text} {row.side}"
         table.add_row(
-            pattern.removesuffix(".weight"),
+            escape(pattern.removesuffix(".weight")),
             str(len(same)),
             "×".join(map(str, row.shape)),
             kept if row.trainable else "frozen",
@@ -198,12 +202,14 @@ def show_end(
     facts.add_row("speed", f"{summary.tokens_per_second:,.0f} tokens/s over {summary.tokens:,} tokens")
     if summary.skipped_steps:
         facts.add_row("skipped", f"{summary.skipped_steps} steps of single tensors, for gradients that are not finite")
+    if summary.bad_records:
+        facts.add_row("bad records", f"{summary.bad_records:,} left out")
     if summary.mean_rank is not None:
         memory.caption = "planned is the most, measured\nwhat the last ranks need"
         memory.caption_justify = "left"
         where = f"over time in {ranks}" if ranks else "a picture needs matplotlib: pip install 'subspan[report]'"
-        facts.add_row("mean rank", f"{summary.mean_rank:.1f}, {where}")
-    facts.add_row("run folder", summary.output)
+        facts.add_row("mean rank", escape(f"{summary.mean_rank:.1f}, {where}"))
+    facts.add_row("run folder", escape(summary.output))
     console.print()
     console.print(memory)
     if sample is None:

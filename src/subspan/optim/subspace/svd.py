@@ -47,7 +47,7 @@ class ExactSVD(OrthonormalBasis):
         assert singular_values is not None
         kept = within_rank(singular_values, geometry.m, operator.dtype)
         if not bool(kept.all()):
-            basis = complete(basis, ~kept, m=geometry.m, generator=generator)
+            basis = complete(basis, ~kept, m=geometry.m, generator=generator, stack=operator.stack)
             basis = basis * canonical_signs(basis)
         return Found({"basis": basis.to(geometry.dtype)})
 
