@@ -95,6 +95,7 @@ def plan_recipe(settings: PlanSettings) -> Recipe:
         check_settings(config, settings.world_size)
     elif settings.shard != "none":
         raise ValueError(f"shard is {settings.shard!r}, but {settings.method!r}: {_WHOLE}; leave shard out.")
+    config = dataclasses.replace(config, shard="none")  # what is divided, is divided here
     with torch.device("meta"):
         model: Any = skeleton(
             settings.model,
