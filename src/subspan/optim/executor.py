@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from subspan.linalg import DenseOperator, seeded_generator
+from subspan.linalg import seeded_generator
 from subspan.optim.apply import apply_update
 from subspan.optim.buckets import Task, Work, buckets, gather, scatter
 from subspan.optim.dense import step_dense
@@ -294,7 +294,7 @@ class Executor(Refreshing):
         found = []
         for task in bucket:
             generator = seeded_generator(self.seed, task.name, int(task.state["refreshes"]) - 1)
-            operator = DenseOperator(oriented(task.parameter, task.right))  # for its shape alone
+            operator = task.shards.operator(oriented(task.parameter, task.right))  # for its shape alone
             tensors = subspace.find(operator, task.geometry, generator=generator, step=0, group=task.group).tensors
             found.append({key: task.shards.piece(key, specs[key], X) for key, X in tensors.items()})
         return {key: gather([tensors[key] for tensors in found]) for key in specs}
