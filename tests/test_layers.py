@@ -13,8 +13,8 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "subspan"
 # From the bottom up; a folder may import itself and what stands before it.
-LAYERS = ("linalg", "state", "optim", "nn", "memory", "train", "analysis", "cli")
-TORCH_ALONE = ("linalg", "state", "optim", "nn", "memory")
+LAYERS = ("linalg", "state", "optim", "distributed", "nn", "memory", "checkpoint", "train", "analysis", "cli")
+TORCH_ALONE = ("linalg", "state", "optim", "distributed", "nn", "memory")
 
 
 class Import(NamedTuple):

@@ -71,7 +71,11 @@ def test_divided_is_whole(world: int, tmp_path: Path) -> None:
         A = matrix(case)
         whole = range_finder(A, RANK, generator=seeded_generator("test", case))
         for side in ("rows", "columns"):
-            of = {key.removeprefix(f"{case} {side} "): value for key, value in first.items() if key.startswith(f"{case} {side} ")}
+            of = {
+                key.removeprefix(f"{case} {side} "): value
+                for key, value in first.items()
+                if key.startswith(f"{case} {side} ")
+            }
             size = float(A.norm())
             torch.testing.assert_close(of["whole"], A)
             torch.testing.assert_close(of["basis"], whole.basis, atol=2e-4, rtol=0)
@@ -79,6 +83,8 @@ def test_divided_is_whole(world: int, tmp_path: Path) -> None:
             torch.testing.assert_close(of["projected"] / size, whole.projected / size, atol=2e-6, rtol=0)
             torch.testing.assert_close(of["values"][:3], whole.singular_values[:3], rtol=1e-5, atol=0)
             assert float(orthogonality_error(of["basis"])) < 1e-5
-            torch.testing.assert_close(of["exact"], exact_basis(A, RANK).basis, atol=2e-3 if case != "below" else 2, rtol=0)
+            torch.testing.assert_close(
+                of["exact"], exact_basis(A, RANK).basis, atol=2e-3 if case != "below" else 2, rtol=0
+            )
             assert float(of["amax"]) == float(A.abs().max())
             torch.testing.assert_close(of["norm"], A.double().square().sum(), rtol=1e-6, atol=0)

@@ -12,6 +12,7 @@ import torch.multiprocessing as mp
 from subspan.linalg import (
     DenseOperator,
     RowShardedOperator,
+    SummedOperator,
     TransposedOperator,
     adaptive_range_finder,
     randomized_svd,
@@ -57,10 +58,16 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
     local = A[:, bounds[rank] : bounds[rank + 1]]
     operator = RowShardedOperator(local)
     found = results(operator, TransposedOperator(operator))
+    whole = SummedOperator(A * ((rank + 1) / sum(range(world + 1))))  # a share of the matrix each
+    for name, value in results(whole, TransposedOperator(whole)).items():
+        found[f"summed {name}"] = value
     bad = local.clone()
     if rank == world - 1:
         bad[1, 0, 0] = torch.nan
     found["poisoned"] = RowShardedOperator(bad).amax()
+    bad = torch.zeros_like(A)
+    bad[1, 0, 0] = torch.nan if rank == 0 else 1.0
+    found["poisoned sum"] = SummedOperator(bad).amax()
     try:
         RowShardedOperator(local[..., : 30 + (rank == 0)])
         found["refused"] = torch.tensor(False)
@@ -84,12 +91,16 @@ def test_sharded_is_unsharded(world: int, tmp_path: Path) -> None:
     for answer in answers:
         assert answer.pop("refused")
         assert answer.pop("poisoned").isfinite().tolist() == [True, False]
-        assert answer.keys() == expected.keys()
+        assert answer.pop("poisoned sum").isfinite().tolist() == [True, False]
+        assert answer.keys() == expected.keys() | {f"summed {name}" for name in expected}
         for name, value in answer.items():
-            torch.testing.assert_close(value, expected[name], rtol=1e-7, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+            right = expected[name.removeprefix("summed ")]
+            torch.testing.assert_close(value, right, rtol=1e-7, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
             assert torch.equal(value, answers[0][name]), f"{name} differs between ranks"
 
 
 def test_without_processes_it_is_refused() -> None:
     with pytest.raises(RuntimeError, match="init_process_group"):
         RowShardedOperator(torch.ones(2, 2))
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        SummedOperator(torch.ones(2, 2))

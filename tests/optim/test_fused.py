@@ -401,10 +401,11 @@ def test_more_than_one_process_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     (model(x) - y).square().mean().backward()
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    with pytest.raises(RuntimeError, match="there are 2; DDP and FSDP are not supported"):
-        optimizer.step()
-    with pytest.raises(RuntimeError, match="there are 2"):
-        build("galore", {}, Network(), fused=True)
+    for look in (optimizer.step, optimizer.grad_norm, lambda: optimizer.clip_grad_norm_(1.0)):
+        with pytest.raises(RuntimeError, match=r"there are 2; call subspan.distributed.exclude_from_ddp"):
+            look()
+    with pytest.raises(RuntimeError, match="there are 2; a method that needs the gradients"):
+        build("fira", {}, Network(), fused=True)
 
 
 @folding

@@ -139,5 +139,5 @@ def test_a_large_zstandard_file_that_was_cut(tmp_path: Path) -> None:
 def test_parquet_without_text(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"p.parquet: wants a column 'text', found 'body'"):
         read_documents(parquet(tmp_path / "p.parquet", {"body": ["a"]}))
-    with pytest.raises(ValueError, match=r"p.parquet, row 1: the column 'text' holds a int"):
+    with pytest.raises(ValueError, match=r"p.parquet, row 1: wants an object with a string 'text', found a int"):
         read_documents(parquet(tmp_path / "p.parquet", {"text": [1]}))

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from subspan.train import data
+from subspan.train import stream as stream_module
 from subspan.train.data import PackedDataset, StreamedDataset, TextData, load_data, load_tokenizer
 from tests.train.micro import sentences
 
@@ -157,7 +158,7 @@ def test_one_document_cannot_be_divided(tmp_path: Path) -> None:
 @pytest.fixture
 def dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A data set folder of three files, 240 documents, read in blocks of 50."""
-    monkeypatch.setattr(data, "BLOCK_DOCUMENTS", 50)
+    monkeypatch.setattr(stream_module, "BLOCK_DOCUMENTS", 50)
     folder = tmp_path / "texts"
     folder.mkdir()
     rows = sentences(240)
@@ -262,5 +263,7 @@ def test_a_stream_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monkey
         load_data(f"hf:{tmp_path / 'nowhere'}")
     rows = datasets.Dataset.from_dict({"body": ["a"]})
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows.to_iterable_dataset())
-    with pytest.raises(ValueError, match="no text field 'text'; its fields are 'body'"):
+    with pytest.raises(
+        ValueError, match="hf:some/rows, record 1: wants an object with a string 'text', found the fields 'body'"
+    ):
         load_data("hf:some/rows")

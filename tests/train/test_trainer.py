@@ -208,7 +208,7 @@ def test_gradients_that_are_not_finite_are_counted(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.filterwarnings("ignore:.*NaN or Inf")
 def test_a_diverged_run_writes_json_and_says_so(tmp_path: Path) -> None:
-    summary = run(tmp_path, lr=1e30, max_grad_norm=0.0, warmup=0)
+    summary = run(tmp_path, lr=1e30, max_grad_norm=0.0, warmup=0, max_bad_steps=12)
     assert summary.finished
     # json.loads would take NaN, but JSON knows no NaN.
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -249,6 +249,7 @@ def test_the_run_folder(tmp_path: Path) -> None:
     assert versions["transformers"] == transformers.__version__
     assert {path.name for path in folder.iterdir()} == {
         *("checkpoint-8", "checkpoint-12", "config.yaml", "data.json", "metrics.jsonl", "sample.txt", "versions.json"),
+        ".lock",
     }
 
 
@@ -318,7 +319,7 @@ def test_what_cannot_be_trained(tmp_path: Path, changes: dict[str, Any], message
     with pytest.raises(ValueError, match=message):
         run(tmp_path, **changes)
     # A run that was refused leaves nothing that would stand in the way of the next.
-    assert not list(tmp_path.glob("run/*"))
+    assert not [path for path in tmp_path.glob("run/*") if path.name != ".lock"]
 
 
 def test_a_reporter_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,12 +328,6 @@ def test_a_reporter_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="report_to is 'wandb', which is not installed: pip install wandb"):
         run(tmp_path, report_to="wandb")
-
-
-def test_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="one process"):
-        run(tmp_path)
 
 
 def test_every_held_out_sequence_is_evaluated(tmp_path: Path, trainers: list[PretrainTrainer]) -> None:

@@ -112,10 +112,10 @@ def bench_subspace(
             console.print(as_table(results[-1]), highlight=False)
             write_text(folder / "subspace.json", json.dumps(record | {"matrices": as_record(results)}, indent=1) + "\n")
             write_text(folder / "subspace.csv", as_csv(results))
-    console.print(f"Results: {folder / 'subspace.json'}, subspace.csv", soft_wrap=True, highlight=False)
+    console.print(f"Results: {folder / 'subspace.json'}, subspace.csv", markup=False, soft_wrap=True, highlight=False)
     try:
         if write_picture(results, folder / "subspace.png"):
-            console.print(f"Picture: {folder / 'subspace.png'}", soft_wrap=True, highlight=False)
+            console.print(f"Picture: {folder / 'subspace.png'}", markup=False, soft_wrap=True, highlight=False)
     except ModuleNotFoundError as error:
         console.print(f"No picture ({error}): it needs pip install 'subspan\\[report]'.", soft_wrap=True)
     return results

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from subspan.train.config import check_types
+
 __all__ = ["DEFAULT_BATCHES", "SpectrumSettings"]
 
 DEFAULT_BATCHES = 4
@@ -48,6 +50,7 @@ class SpectrumSettings:
         Raises:
             ValueError: naming the setting, its value and what is allowed.
         """
+        check_types(self)
         for name in ("batches", "steps", "every"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from subspan.checkpoint.save import OPTIMIZER
 from subspan.nn.quantised import STEPS
 from subspan.train.config import PretrainConfig, read_config
 from subspan.train.run_folder import CONFIG_FILE
@@ -137,7 +138,12 @@ def _weight_files(path: Path) -> list[Path]:
             names = ", ".join(index.name for index in indexes)
             raise ValueError(f"{str(path)!r} holds more than one model ({names}); put one of them into a folder alone.")
         return _shards(main if main in indexes else indexes[0])
-    files = sorted(path.glob("*.safetensors"))
+    files = sorted(file for file in path.glob("*.safetensors") if file.name != OPTIMIZER)
+    if any(file.name.startswith("shard-") for file in files):
+        raise ValueError(
+            f"{str(path)!r} holds the parts that several processes wrote; make a model of them first: "
+            f"subspan checkpoint convert {path} MODEL_FOLDER."
+        )
     if not files:
         if pickles := sorted(file.name for file in path.iterdir() if file.suffix in _PICKLES):
             raise ValueError(

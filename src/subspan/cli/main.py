@@ -6,9 +6,12 @@ import dataclasses
 import difflib
 import importlib
 import importlib.metadata
+import itertools
 import logging
+import os
 import re
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -17,8 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+#: Characters of a message.
+_LONGEST = 2000
+
 #: Modules of this folder, one a command: add_command(commands, parser_class) and run(arguments) -> exit status.
-_COMMANDS = ("pretrain", "sweep", "plan", "spectrum", "methods", "bench")
+_COMMANDS = ("pretrain", "sweep", "plan", "checkpoint", "spectrum", "methods", "bench")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         parser = _parser()
+        _check_settings_files(argv)
         arguments = parser.parse_args([_with_underscores(argument) for argument in argv])
         _quiet_libraries()
         return _command(arguments.subcommand).run(arguments[arguments.subcommand])
@@ -43,9 +50,19 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"error: {error}. Install what the command line needs: pip install 'subspan[train]'", file=sys.stderr)
         return 1
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, FloatingPointError) as error:
+        _say(f"error: {_brief(str(error))}\n")
         return 1
+
+
+def _say(message: str) -> None:
+    """Print an error, once where all processes of a run meet it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from subspan.train.processes import first_to_say
+
+        if not first_to_say(message):
+            return
+    print(message, end="", file=sys.stderr, flush=True)
 
 
 def _parser() -> ArgumentParser:
@@ -70,7 +87,8 @@ def _parser() -> ArgumentParser:
                 known = settings if unknown[3] else [action.dest for action in self._actions]
                 close = difflib.get_close_matches(name, known, n=1)
                 message = f"unknown setting {name!r}.{f' Did you mean {close[0]!r}?' if close else ''}"
-            self.exit(2, f"error: {message}\nAll settings: {command} --help\n")
+            _say(f"error: {_brief(message)}\nAll settings: {command} --help\n")
+            self.exit(2)
             raise AssertionError("exit does not return")
 
     parser = Parser(
@@ -95,6 +113,22 @@ def _with_underscores(argument: str) -> str:
         return argument
     name, equals, value = argument[2:].partition("=")
     return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _check_settings_files(argv: list[str]) -> None:
+    """Look at the files given with --config; one that is not there is reported by the parser."""
+    from subspan.train.settings_file import check_settings_file
+
+    names = [name for option, name in itertools.pairwise(argv) if option == "--config"]
+    names += [argument.removeprefix("--config=") for argument in argv if argument.startswith("--config=")]
+    for name in names:
+        if "\0" not in name and (path := Path(name).expanduser()).is_file():
+            check_settings_file(path)
+
+
+def _brief(message: str) -> str:
+    """A message without the middle, where a value in it is as long as a file."""
+    return message if len(message) <= _LONGEST else f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
 
 
 def _quiet_libraries() -> None:

@@ -47,6 +47,7 @@ from subspan.linalg.spectrum import (
 )
 from subspan.linalg.structured import OuterProductOperator, SumOperator, TransposedOperator
 from subspan.linalg.subspace import MethodChoice, SubspaceMethod, choose_method, subspace
+from subspan.linalg.summed import SummedOperator
 from subspan.linalg.surplus import complete, round_off_floor, within_rank
 from subspan.linalg.tensors import TuckerResult, TwoSidedResult, hosvd, st_hosvd, two_sided_range_finder, unfold
 from subspan.linalg.tolerance import AdaptiveResult, FixedPrecision
@@ -71,6 +72,7 @@ __all__ = [
     "SketchKind",
     "SubspaceMethod",
     "SumOperator",
+    "SummedOperator",
     "TransposedOperator",
     "TuckerResult",
     "TwoSidedResult",

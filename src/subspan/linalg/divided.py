@@ -157,7 +157,8 @@ def divided_range_finder(
     Omega = gaussian_sketch(n, rank, generator=generator, scale=scale, device=operator.device, dtype=operator.dtype)
     Q = operator.orthonormalize(operator.sketch(Omega))
     B = operator.coordinates(Q * scale)
-    X = torch.linalg.eigh(division.total(B @ B.mT)).eigenvectors.flip(-1)
+    B64 = B.double()
+    X = torch.linalg.eigh(division.total(B64 @ B64.mT)).eigenvectors.flip(-1).to(B.dtype)
     projected, Q = X.mT @ B, Q @ X
     squares = division.total(projected.double().square().sum(dim=-1))
     norms = squares.sqrt()

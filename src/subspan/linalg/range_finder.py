@@ -117,7 +117,9 @@ def range_finder(
     if not rotate:
         return RangeFinderResult(Q.mul_(canonical_signs(Q)), None, None)
     B = operator.rmatmul(Q * scale).mT
-    eigenvalues, X = torch.linalg.eigh(B @ B.mT)
+    # In float64, since a Gram matrix squares the condition number: in float32 rounding turned neighbouring directions.
+    B64 = B.double()
+    eigenvalues, X = (found.to(B.dtype) for found in torch.linalg.eigh(B64 @ B64.mT))
     eigenvalues, X = eigenvalues.flip(-1)[..., :rank], X.flip(-1)[..., :rank]
     Q, projected = Q @ X, X.mT @ B
     norms = torch.linalg.vector_norm(projected, dim=-1)

@@ -35,6 +35,8 @@ def project_gradients(model: nn.Module, optimizer: LowRankOptimizer, *, share_in
     calls. Without its optimizer, in a copy, and frozen, a layer is an ordinary one again. A second call changes nothing
     but what was not converted or shared before.
 
+    With more than one process call `subspan.distributed.exclude_from_ddp` then.
+
     Accumulation, checkpointing, autocast and ``torch.compile`` work as ever (compile with ``stagger=False``: a refresh
     changes the graph of its layer). Clip with ``optimizer.clip_grad_norm_``: the norm is that of the projections.
 
@@ -51,7 +53,7 @@ def project_gradients(model: nn.Module, optimizer: LowRankOptimizer, *, share_in
     Raises:
         ValueError: a method that needs the gradients, another model, no layer that can be converted, or none that can
             share a basis.
-        RuntimeError: more than one process, or another optimizer that takes the gradients.
+        RuntimeError: another optimizer takes the gradients.
 
     Example:
         >>> from subspan.optim import GaLore

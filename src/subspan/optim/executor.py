@@ -12,25 +12,24 @@ from torch import Tensor
 
 from subspan.linalg import seeded_generator
 from subspan.optim.apply import apply_update
+from subspan.optim.averaged import Averaged
 from subspan.optim.buckets import Task, Work, buckets, gather, scatter
 from subspan.optim.dense import step_dense
-from subspan.optim.fused import BackwardFusion, without_autocast
+from subspan.optim.fused import refuse_scaler, without_autocast
 from subspan.optim.late import nonfinite_folded
 from subspan.optim.matrix import oriented, write_back
 from subspan.optim.method import State, Step
 from subspan.optim.projection import Projection
-from subspan.optim.refreshing import Refreshing
 from subspan.optim.screen import nonfinite_gradients, nonfinite_projections
 from subspan.optim.shards import WHOLE, Shards, is_sharded, local
 from subspan.optim.storage import gather_state, scatter_state
 from subspan.state.host import on_host
 
 
-class Executor(Refreshing):
+class Executor(Averaged):
     """Steps parameters, together or one at a time, from their gradients or from what was folded of them."""
 
     nonfinite: Literal["skip", "raise"]
-    _fusion: BackwardFusion | None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -52,7 +51,7 @@ class Executor(Refreshing):
         self._rebind()
         if self._fusion is not None:
             self._fusion.bind()
-            self._fusion.check_step()
+        refuse_scaler(self)
         device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
         with without_autocast(device):
             self._step()
@@ -217,12 +216,15 @@ class Executor(Refreshing):
     def _prepare_folded(self, work: Work, state: State, step: int, right: bool) -> Task | None:
         """Step a parameter whose projected gradient is there, or return what is to be done."""
         assert work.geometry is not None and self.method.transport is not None
-        folded = self._folded[work.name]
+        folded, geometry = self._folded[work.name], work.geometry
+        if folded.found is not None:
+            self._go_over(work.name, work.parameter, folded.found, work.group, step)
+            geometry = self._found_geometry(work.name, work.parameter, folded.found, work.group)
         if "turned" in state and not int(state["turned"]):
             self._turn(work.name, work.group)
         R, folded.turn = folded.gradient(), None
         age = self.method.transport.age(state, step + 1)
-        task = Task(work.name, work.parameter, work.gradient, work.group, work.geometry, right, age, state, R)
+        task = Task(work.name, work.parameter, work.gradient, work.group, geometry, right, age, state, R)
         if R is folded.projected:
             return task
         # At once, so that the copies of all matrices are not held together.

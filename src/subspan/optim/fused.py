@@ -27,13 +27,12 @@ class BackwardFusion:
         optimizer: for what GradScaler leaves on it.
 
     Raises:
-        RuntimeError: more than one process, or another optimizer that takes the same gradients.
+        RuntimeError: another optimizer takes the same gradients.
     """
 
     def __init__(
         self, optimizer: torch.optim.Optimizer, named: Callable[[], Named], take: Callable[[str, Tensor, Any], None]
     ) -> None:
-        refuse_processes()
         # Weak, so that hooks do not keep an optimizer alive that nobody steps any more.
         self._optimizer, self._named, self._take = ref(optimizer), WeakMethod(named), WeakMethod(take)
         self._hooks: dict[str, tuple[Tensor, Any]] = {}
@@ -82,22 +81,21 @@ class BackwardFusion:
 
         return hook
 
-    def check_step(self) -> None:
-        """Refuse what would be silently wrong.
 
-        Raises:
-            RuntimeError: a gradient scaler, or more than one process.
-        """
-        refuse_processes()
-        optimizer = self._optimizer()
-        left = [key for key in ("grad_scale", "found_inf") if hasattr(optimizer, key)]
-        for key in left:  # the scaler would take them away after a step that succeeds
-            delattr(optimizer, key)
-        if left:
-            raise RuntimeError(
-                "GradScaler cannot unscale gradients that were taken in backward; use bfloat16 autocast, which needs "
-                "no scaler, or leave fuse_into_backward() out"
-            )
+def refuse_scaler(optimizer: torch.optim.Optimizer) -> None:
+    """Raise where a gradient scaler has handed itself to the optimizer, since it cannot unscale what was folded.
+
+    Raises:
+        RuntimeError: a gradient scaler.
+    """
+    left = [key for key in ("grad_scale", "found_inf") if hasattr(optimizer, key)]
+    for key in left:  # the scaler would take them away after a step that succeeds
+        delattr(optimizer, key)
+    if left:
+        raise RuntimeError(
+            "GradScaler cannot unscale gradients that were taken in backward; use bfloat16 autocast, which needs no "
+            "scaler, or leave fuse_into_backward(), or compress_gradients(), out"
+        )
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
@@ -105,11 +103,23 @@ def without_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def refuse_processes() -> None:
-    """Raise where hooks would see the gradients of one process only."""
+def refuse_processes(folds: bool) -> None:
+    """Raise where hooks would see the gradients of one process only.
+
+    Args:
+        folds: whether gradients are folded, so that what is left of them could be averaged.
+
+    Raises:
+        RuntimeError: more than one process.
+    """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if distributed and (processes := torch.distributed.get_world_size()) > 1:
         raise RuntimeError(
             f"fuse_into_backward() takes the gradients of this process alone, and there are {processes}; "
-            "DDP and FSDP are not supported with it"
+            + (
+                "call subspan.distributed.exclude_from_ddp(model, optimizer) before the model is wrapped in DDP"
+                if folds
+                else "a method that needs the gradients themselves cannot update in backward then: leave it out, or "
+                "take GaLore"
+            )
         )

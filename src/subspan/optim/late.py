@@ -25,7 +25,8 @@ from subspan.linalg import (
     seeded_generator,
 )
 from subspan.linalg.scaling import inverse_scale
-from subspan.optim.method import Geometry, Group, Method, State
+from subspan.linalg.surplus import complete, round_off_floor
+from subspan.optim.method import Found, Geometry, Group, Method, State
 from subspan.optim.projection import Projection
 from subspan.optim.storage import gather_state, rounded, scatter_state
 from subspan.state import StateSpec
@@ -44,6 +45,7 @@ class Folded:
         whole: False where G was never formed: ``squared_norm`` is then ‖R‖²_F.
         factor: of R and Y, where multiplying would round them; None is 1.
         turn: X (r, r), where R is to count as XᵀR.
+        found: the new subspace that R was taken with, and that `step` is to go over to.
     """
 
     projected: Tensor
@@ -53,6 +55,13 @@ class Folded:
     whole: bool = True
     factor: Tensor | None = None
     turn: Tensor | None = None
+    found: Found | None = None
+
+    @staticmethod
+    def unformed(R: Tensor, Y: Tensor | None, found: Found | None = None) -> Folded:
+        """R and Y of a gradient that is not there as a whole."""
+        squared = torch.linalg.vector_norm(widened(R)).double().square()
+        return Folded(R, Y, squared, whole=False, found=found)
 
     @property
     def norm_is_known(self) -> bool:
@@ -197,31 +206,63 @@ def random_start(state: State, specs: Mapping[str, StateSpec], geometry: Geometr
     scatter_state(specs, tensors, [state])
 
 
-def basis_from_sketch(spec: StateSpec, Y: Tensor) -> tuple[Tensor, bool]:
+def basis_from_sketch(
+    spec: StateSpec, Y: Tensor, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, bool]:
     """A basis of the range of Y, held as ``spec`` says, and whether it is turned already.
 
     A basis that is held by a codec cannot be turned once an R has been taken with what it was rounded to. It has the
-    left singular directions of Y, which estimate those of G, and then it is rounded.
+    left singular directions of Y, which estimate those of G, and then it is rounded. Where Y, of gradients in
+    ``dtype``, has fewer directions than columns, ``generator`` draws the others: rounding would decide on them.
     """
     Y = widened(Y)
     Q = orthonormalize(Y)
+    triangle = Q.mT @ Y
+    # The first columns of a random sketch span its range: the diagonal shows whether all of them are needed.
+    diagonal, floor = triangle.diagonal(dim1=-2, dim2=-1).abs(), round_off_floor(Y.shape[-2], dtype, Y.dtype)
+    deficient = not bool((diagonal > floor * torch.linalg.matrix_norm(triangle)[..., None]).all())
+    if deficient or spec.codec is not None:
+        Q, X = turned(Q, [triangle], dtype, generator)
+    if deficient:
+        kept = _above_round_off(X, [triangle], Y.shape[-2], dtype)
+        Q = complete(Q, ~kept, m=Y.shape[-2], generator=generator)
     if spec.codec is not None:
-        return rounded(spec, turned(Q, [Q.mT @ Y])[0]), True
+        return rounded(spec, Q * canonical_signs(Q)), True
     return (Q * canonical_signs(Q)).to(spec.dtype), False
 
 
-def turned(Q: Tensor, stacked: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def turned(
+    Q: Tensor, stacked: Sequence[Tensor], dtype: torch.dtype, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """QX with canonical signs, turned to the singular directions of [R₁ R₂ …], and X, their left singular vectors.
 
-    Where a basis is not shared, ``stacked`` is R alone, and XᵀR are its coordinates in the new basis.
+    Where a basis is not shared, ``stacked`` is R alone, and XᵀR are its coordinates in the new basis. Directions that
+    R, of gradients in ``dtype``, does not have are drawn from ``generator``, since rounding would decide on them; their
+    columns of X are zero.
     """
     largest = torch.stack([R.abs().amax(dim=(-2, -1)) for R in stacked]).amax(dim=0)
     scale = inverse_scale(largest, stacked[0].dtype, stacked[0].device)
-    grams = (scaled @ scaled.mT for scaled in (R * scale for R in stacked))
-    X = torch.linalg.eigh(functools.reduce(torch.add, grams)).eigenvectors.flip(-1)
+    scaled = [(R * scale).double() for R in stacked]
+    # A Gram matrix squares the condition number: in float32 rounding would decide on directions below 3e-4 of the
+    # largest, and another order of summation, as with other processes, would turn them.
+    X = torch.linalg.eigh(functools.reduce(torch.add, (R @ R.mT for R in scaled))).eigenvectors.flip(-1)
+    X = X.to(stacked[0].dtype)
+    kept = _above_round_off(X, [R * scale for R in stacked], Q.shape[-2], dtype)
+    if not bool(kept.all()):
+        X = complete(X, ~kept, m=X.shape[-2], generator=generator)
     Q = Q.to(X.dtype) @ X
     signs = canonical_signs(Q)
-    return Q * signs, X * signs
+    return Q * signs, X * signs * kept
+
+
+def _above_round_off(X: Tensor, stacked: Sequence[Tensor], m: int, dtype: torch.dtype) -> Tensor:
+    """Which columns of X (..., 1, r) are more than rounding of [R₁ R₂ …], the projections of gradients of m rows."""
+    squares = [torch.linalg.vector_norm(X.mT @ R, dim=-1).double().square() for R in stacked]
+    lengths = functools.reduce(torch.add, squares).sqrt()
+    whole = torch.linalg.vector_norm(lengths, dim=-1, keepdim=True)
+    # Eigenvectors of nothing hold a few rounding units of the others: 5e-7 was seen where the floor is 4.8e-7.
+    floor = max(4.0 * round_off_floor(m, X.dtype, X.dtype), round_off_floor(m, dtype, X.dtype))
+    return ((lengths > floor * whole) | (whole == 0)).unsqueeze(-2)
 
 
 def nonfinite_folded(folded: Mapping[str, Folded]) -> list[str]:

@@ -12,8 +12,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from subspan.optim.averaged import Average
 from subspan.optim.executor import Executor
-from subspan.optim.fused import BackwardFusion
+from subspan.optim.fused import BackwardFusion, refuse_processes
 from subspan.optim.groups import check_group, is_projected, unknown_setting
 from subspan.optim.late import Folded
 from subspan.optim.method import Method, Roster
@@ -86,6 +87,8 @@ class LowRankOptimizer(Executor):
         self._cached_roster: Roster | None = None
         self.divides_bases = False
         self._folded: dict[str, Folded] = {}
+        self._local: dict[str, Folded] = {}
+        self._average: Average | None = None
         self._stepped: dict[str, Tensor] = {}
         self._slots: dict[str, GradientSlots] = {}
         self._sharing: dict[str, tuple[str, ...]] = {}
@@ -111,8 +114,11 @@ class LowRankOptimizer(Executor):
         Call it once, before the first backward and before a state is loaded (a checkpoint says which refresh it was
         written with). A copy of the optimizer refreshes late and is not fused; what was folded is not copied.
 
+        With more than one process call `subspan.distributed.exclude_from_ddp` too; methods that update inside backward
+        are refused then.
+
         Raises:
-            RuntimeError: more than one process.
+            RuntimeError: more than one process, and a method that needs the gradient itself.
             ValueError: subspaces that need the whole gradient (``svd="exact"``, ``rank_policy="tolerance"``).
 
         Example:
@@ -129,6 +135,7 @@ class LowRankOptimizer(Executor):
             return
         method = self.method
         if not self.folds:
+            refuse_processes(self.folds)
             self._fusion = BackwardFusion(self, self._everything, self._step_now)
             return
         assert method.subspace is not None and method.refresh is not None
@@ -141,6 +148,12 @@ class LowRankOptimizer(Executor):
                 if "refreshes" in state:
                     state["turned"] = torch.ones((), dtype=torch.int64)
         self._fusion = BackwardFusion(self, self._projected, self._fold_in_backward)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; where gradients are taken in backward, those of the group are too."""
+        super().add_param_group(param_group)
+        if self._fusion is not None:
+            self._fusion.bind()
 
     def divide_bases(self) -> None:
         """Divide all bases over the processes of `fully_shard`, and gather each one when it is used.
@@ -208,11 +221,6 @@ class LowRankOptimizer(Executor):
         """The projected parameters by name."""
         return {name: parameter for name, parameter, _ in self._projected()}
 
-    @property
-    def folds(self) -> bool:
-        """Whether `fuse_into_backward` folds gradients; else it updates inside backward."""
-        return self.method.lift is not None and not self.method.lift.needs_gradient
-
     def planned_gradient_bytes(self, micro_batches: int = 1) -> int:
         """Bytes of gradients before the first step, which needs the most: all sketches are due.
 
@@ -247,7 +255,7 @@ class LowRankOptimizer(Executor):
     def folded_tensors(self) -> list[Tensor]:
         """What is held of gradients that are not in ``.grad``: projections and sketches, in no order."""
         tensors: list[Tensor | None] = []
-        for item in self._folded.values():
+        for item in [*self._folded.values(), *self._local.values()]:
             tensors += [item.projected, item.sketch]
         for slots in self._slots.values():
             tensors += [slots.R.value, slots.Y.value]
@@ -262,7 +270,8 @@ class LowRankOptimizer(Executor):
         return (item for item in self._everything() if is_projected(item[2]))
 
     def _fold_in_backward(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
-        if self.nonfinite == "raise" and nonfinite_gradients([(name, parameter)]):
+        # Not where other processes would wait for this one: all of them see it in the average.
+        if self.nonfinite == "raise" and self._average is None and nonfinite_gradients([(name, parameter)]):
             self._folded.clear()
             raise FloatingPointError(f"{name}: the gradient holds NaN or Inf; nothing was changed")
         self._fold(name, parameter, group)
@@ -275,7 +284,7 @@ class LowRankOptimizer(Executor):
                 f"{name}: a second backward before step(): {self.method.name} needs the gradient itself and has "
                 "updated the weights already; accumulate without fuse_into_backward(), or use GaLore"
             )
-        self._stepped[name] = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).double().square()
+        self._stepped[name] = squared_norm(parameter.grad)
         work = self._look(name, parameter, group)
         if nonfinite_gradients([(name, parameter)]):
             if self.nonfinite == "raise":
@@ -334,6 +343,7 @@ class LowRankOptimizer(Executor):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients, folded ones too; updates that were made in backward stay."""
         self._folded.clear()
+        self._local.clear()
         for slots in self._slots.values():
             slots.clear()
         super().zero_grad(set_to_none)

@@ -39,6 +39,7 @@ class Refreshing(StoredOptimizer):
     """A stored optimizer that finds subspaces, and keeps what a late refresh needs of gradients that are not kept."""
 
     _folded: dict[str, Folded]
+    _local: dict[str, Folded]
     _slots: dict[str, GradientSlots]
     _sharing: dict[str, tuple[str, ...]]
     _stepped: dict[str, Tensor]
@@ -136,18 +137,26 @@ class Refreshing(StoredOptimizer):
 
         ``operator`` is the oriented gradient.
         """
+        return self._go_over(name, parameter, self._find(name, parameter, operator, group, step), group, step)
+
+    def _find(self, name: str, parameter: Tensor, operator: MatrixOperator, group: dict[str, Any], step: int) -> Found:
+        """The subspace for the gradient behind ``operator``; changes nothing."""
+        assert self.method.subspace is not None
+        state = self._state(parameter)
+        geometry = self._geometry(name, parameter, group, state, refresh=True)
+        assert geometry is not None
+        if not geometry.projected or 0 in operator.shape:  # this process may have none of a stack
+            return Found({})
+        generator = seeded_generator(self.seed, self._partners(name)[0], int(state["refreshes"]))
+        return self.method.subspace.find(operator, geometry, generator=generator, step=step, group=group)
+
+    def _go_over(self, name: str, parameter: Tensor, found: Found, group: dict[str, Any], step: int) -> Tensor | None:
+        """Go over to the subspace that was found, carrying the moments; returns its projected gradient if known."""
         method, state, shards = self.method, self._state(parameter), self._shards(name, parameter, group)
         assert method.subspace is not None and method.refresh is not None and method.transport is not None
         refreshes = int(state["refreshes"])
         tensors = opened(state, self._specs(name, parameter, group, state))
-        geometry = self._geometry(name, parameter, group, state, refresh=True)
-        assert geometry is not None
-        found = Found({})
-        if geometry.projected and 0 not in operator.shape:  # this process may have none of a stack
-            generator = seeded_generator(self.seed, self._partners(name)[0], refreshes)
-            found = method.subspace.find(operator, geometry, generator=generator, step=step, group=group)
-            if found.rank is not None:
-                geometry = replace(geometry, rank=found.rank)
+        geometry = self._found_geometry(name, parameter, found, group)
         specs = method.specs(geometry, parameter.shape, state_dtype(parameter), group)
         # What projects is what is held.
         new = {key: rounded(specs[key], X) for key, X in found.tensors.items()} if method.subspace.stored else {}
@@ -169,6 +178,12 @@ class Refreshing(StoredOptimizer):
         state["next_refresh"].fill_(due)
         return None if any(specs[key].codec is not None for key in new) else shards.own_columns(found.projected)
 
+    def _found_geometry(self, name: str, parameter: Tensor, found: Found, group: dict[str, Any]) -> Geometry:
+        """Geometry from this refresh on."""
+        geometry = self._geometry(name, parameter, group, self._state(parameter), refresh=True)
+        assert geometry is not None
+        return geometry if found.rank is None else replace(geometry, rank=found.rank)
+
     @staticmethod
     def _fit(state: State, specs: dict[str, StateSpec], projected: Tensor | None, device: torch.device) -> None:
         """Give the state the shapes that a changed rank declares."""
@@ -183,24 +198,30 @@ class Refreshing(StoredOptimizer):
 
     def _fold(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
         """Keep of a gradient what this step and a late refresh need."""
-        state = self._ensure_state(name, parameter, group)
         assert parameter.grad is not None
-        G = oriented(parameter.grad, self._right(parameter, group))
-        geometry = self._geometry(name, parameter, group, state)
-        assert geometry is not None
-        before = self._folded.get(name)
+        self._keep(name, self._folded_from(name, parameter, parameter.grad, group))
+
+    def _folded_from(self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Folded:
+        state = self._ensure_state(name, parameter, group)
+        G = oriented(gradient, self._right(parameter, group))
         if name in self._slots:
             Omega = self._slots[name].draw(G)
         else:
-            if before is None:
-                self._begin(name, parameter, G, group)
+            self._begin(name, parameter, G, group)
+            geometry = self._geometry(name, parameter, group, state)
+            assert geometry is not None
             Omega = self._test_matrix(name, G, state, geometry, group)
+        geometry = self._geometry(name, parameter, group, state)
+        assert geometry is not None
         tensors = gather_state(self._held_subspace(geometry, group), [state])
-        folded = fold(G, self.method.projection(tensors, geometry), Omega)
-        if before is None:
-            self._folded[name] = folded
+        return fold(G, self.method.projection(tensors, geometry), Omega)
+
+    def _keep(self, name: str, folded: Folded) -> None:
+        """Add what was folded to what there is."""
+        if name in self._folded:
+            self._folded[name].add(folded)
         else:
-            before.add(folded)
+            self._folded[name] = folded
 
     def _test_matrix(
         self, name: str, G: Tensor, state: State, geometry: Geometry, group: dict[str, Any]
@@ -250,10 +271,7 @@ class Refreshing(StoredOptimizer):
         """Add what layers have left in slots to what was folded."""
         for name, slots in self._slots.items():
             if (left := slots.take()) is not None:
-                if name in self._folded:
-                    self._folded[name].add(left)
-                else:
-                    self._folded[name] = left
+                self._keep(name, left)
 
     def _check_partners(self) -> None:
         """Refuse a step in which parameters that share a basis would go different ways."""
@@ -309,6 +327,7 @@ class Refreshing(StoredOptimizer):
     def _loaded(self) -> None:
         # What was folded belongs to the bases before.
         self._folded.clear()
+        self._local.clear()
         self._stepped.clear()
         for slots in self._slots.values():
             slots.clear()
@@ -321,7 +340,9 @@ class Refreshing(StoredOptimizer):
         """
         partners = [partner for partner in self._partners(name) if partner in self._folded]
         stacked = [self._folded[partner].gradient() for partner in partners]
-        Q, X = turned(self._state(self._bound[name])["basis"], stacked)
+        state, dtype = self._state(self._bound[name]), self._bound[name].dtype
+        generator = seeded_generator(self.seed, self._partners(name)[0], "turn", int(state["refreshes"]))
+        Q, X = turned(state["basis"], stacked, dtype, generator)
         for partner in partners:
             self._take_basis(partner, group, Q, int(self._state(self._bound[partner])["step"]))
             self._state(self._bound[partner])["turned"].fill_(1)
@@ -368,7 +389,9 @@ class Refreshing(StoredOptimizer):
         assert refresh is not None
         Ys = [Y for work in works if (Y := self._folded[work.name].whole_sketch()) is not None]
         spec = self._specs(first.name, first.parameter, first.group, self.state[first.parameter])["basis"]
-        Q, is_turned = basis_from_sketch(spec, functools.reduce(torch.add, Ys))
+        refreshes = int(self._state(first.parameter)["refreshes"])
+        generator = seeded_generator(self.seed, self._partners(first.name)[0], "surplus", refreshes)
+        Q, is_turned = basis_from_sketch(spec, functools.reduce(torch.add, Ys), first.parameter.dtype, generator)
         for work in works:
             state = self.state[work.parameter]
             step, none_before = int(state["step"]) - 1, int(state["refreshes"]) == 0

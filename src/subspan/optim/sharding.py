@@ -81,5 +81,5 @@ def agreed(bad: Sequence[str], looked_at: Sequence[tuple[str, Tensor]]) -> list[
 
 def squared_norm(X: Tensor) -> Tensor:
     """‖X‖² of a gradient, over all processes where it is divided; 0-D float64."""
-    square = torch.linalg.vector_norm(local(X), dtype=torch.float32).double().square()
+    square = torch.linalg.vector_norm(local(X), dtype=torch.promote_types(X.dtype, torch.float32)).double().square()
     return Division("rows", 1, 1, shard_group(X.device_mesh)).total(square) if is_sharded(X) else square  # type: ignore[attr-defined]

@@ -127,8 +127,7 @@ class GradientSlots:
         self.clear()
         if R is None:
             return None
-        squared = torch.linalg.vector_norm(widened(R)).double().square()
-        return Folded(R, Y if self.key is not None else None, squared, whole=False)
+        return Folded.unformed(R, Y if self.key is not None else None)
 
     def clear(self) -> None:
         """Forget what backward has left."""

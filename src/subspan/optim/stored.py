@@ -125,5 +125,6 @@ class StoredOptimizer(DeclaredOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         own = ("method", "seed", "nonfinite", "skipped_steps", "_warned", "_bound", "_cached_roster", "divides_bases")
         # Hooks belong to the parameters; what was folded is no state.
-        nothing: dict[str, Any] = {"_folded": {}, "_stepped": {}, "_slots": {}, "_sharing": {}, "_fusion": None}
+        nothing: dict[str, Any] = dict.fromkeys(("_fusion", "_average"))
+        nothing |= {key: {} for key in ("_folded", "_local", "_stepped", "_slots", "_sharing")}
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}, **nothing}

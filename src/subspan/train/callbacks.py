@@ -16,7 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from subspan.train.bad_records import BadRecords
 from subspan.train.config import write_text
+from subspan.train.processes import ALONE, Processes
 
 __all__ = ["MetricsCallback", "MetricsFile", "ProgressCallback", "StopCallback"]
 
@@ -25,11 +27,16 @@ _METRICS = (
     "loss",
     "eval_loss",
     "eval_perplexity",
+    "spike",
+    "usual_loss",
     "grad_norm",
     "grad_norm_exact",
     "learning_rate",
     "tokens",
     "skipped_steps",
+    "bad_steps",
+    "spikes",
+    "reduced_bytes",
     "mean_rank",
     "tokens_per_second",
     "peak_memory_bytes",
@@ -80,10 +87,11 @@ class MetricsFile:
 
 
 class MetricsCallback(TrainerCallback):
-    """Writes what is logged to the metrics file."""
+    """Writes what is logged to the metrics file, and how many records of the data were left out so far."""
 
-    def __init__(self, file: MetricsFile) -> None:
+    def __init__(self, file: MetricsFile, bad: BadRecords) -> None:
         self.file = file
+        self.bad = bad
 
     def on_log(
         self,
@@ -93,10 +101,12 @@ class MetricsCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write one line for a training loss or an evaluation."""
+        """Write one line for a training loss, an evaluation or a spike."""
         logs = logs or {}
-        if "loss" in logs or "eval_loss" in logs:
-            self.file.write({"step": state.global_step, **{key: logs[key] for key in _METRICS if key in logs}})
+        if {"loss", "eval_loss", "spike"} & logs.keys():
+            counted = {"bad_records": self.bad.count} if self.bad.count else {}
+            known = {key: logs[key] for key in _METRICS if key in logs}
+            self.file.write({"step": state.global_step, **known, **counted})
 
 
 class ProgressCallback(TrainerCallback):
@@ -151,6 +161,8 @@ class ProgressCallback(TrainerCallback):
                 f"{step}  [bold]validation loss {logs['eval_loss']:.4f}, perplexity {logs['eval_perplexity']:.2f}[/]",
                 highlight=False,
             )
+        elif "spike" in logs:
+            self.console.print(f"{step}  [yellow]loss {logs['spike']:.4f}, lately {logs['usual_loss']:.4f}[/]")
         elif "loss" in logs:
             figures = (
                 f"loss {logs['loss']:.4f} lr {logs['learning_rate']:.1e} {logs['tokens_per_second']:,.0f} tokens/s "
@@ -164,13 +176,18 @@ class ProgressCallback(TrainerCallback):
 class StopCallback(TrainerCallback):
     """Turns the first SIGINT or SIGTERM into a checkpoint after the current step; a second one stops at once.
 
-    Use it as a context manager around the training; outside the main thread it does nothing.
+    Use it as a context manager around the training; outside the main thread it does nothing. Of several processes all
+    stop after the same step, whichever the signal came to.
+
+    Args:
+        processes: that stop together.
 
     Attributes:
         signal: number of the signal that came, or None.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes = ALONE) -> None:
+        self.processes = processes
         self.signal: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -190,10 +207,13 @@ class StopCallback(TrainerCallback):
         for other, handler in self._previous.items():
             signal.signal(other, handler)
         # Not through the console: a handler may run in the middle of a print.
-        os.write(2, b"\nStopping: this step is finished and saved. Once more stops at once.\n")
+        if self.processes.first:
+            os.write(2, b"\nStopping: this step is finished and saved. Once more stops at once.\n")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop when a signal came."""
-        if self.signal is not None:
+        # One that comes while the others answer is for the next step.
+        if agreed := self.processes.most(self.signal or 0):
+            self.signal = agreed
             control.should_save = True
             control.should_training_stop = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -12,7 +13,9 @@ from typing import Any, Literal
 
 import yaml
 
-__all__ = ["PretrainConfig", "differences", "read_config", "write_text"]
+from subspan.train.settings_file import read_settings
+
+__all__ = ["PretrainConfig", "check_types", "differences", "read_config", "write_text"]
 
 #: Settings that leave the training itself alone, so that a resumed run may change them.
 _HARMLESS = frozenset(
@@ -20,12 +23,17 @@ _HARMLESS = frozenset(
         "output",
         "resume",
         "report_to",
+        "bad_records",
         "measure_memory",
         "log_every",
         "eval_every",
         "eval_batches",
         "save_every",
         "keep_checkpoints",
+        "shard",
+        "timeout",
+        "max_bad_steps",
+        "spike",
     }
 )
 
@@ -45,6 +53,8 @@ class PretrainConfig:
             the training text.
         vocab_size: Tokens of the BPE that is trained; the model gets the same vocabulary.
         validation: Share of the text that is held out for validation.
+        bad_records: What becomes of records that cannot be used (no text, broken JSON, not UTF-8) and of files that
+            cannot be read: error, which says where they are; or skip: they are left out and counted.
         rank: Directions kept of each projected matrix. None: the method's own, else a quarter of the hidden width.
             With ``--optimizer.rank_policy tolerance --optimizer.rtol 0.2`` each matrix gets as many as leave at most
             the share `rtol` of its gradient's norm outside, and `rank` is the most (None: half of the hidden width).
@@ -58,10 +68,15 @@ class PretrainConfig:
         other_lr_scale: Factor on the learning rate of all other parameters.
         weight_decay: Decoupled weight decay.
         max_grad_norm: Gradients are clipped to this norm; 0 clips nothing.
+        max_bad_steps: Steps in a row whose loss or gradients are not finite, before the run gives up. A step whose
+            loss is not finite changes nothing.
+        spike: A loss this many standard deviations above the mean of the last 20 steps is counted and written to
+            metrics.jsonl; 0 looks for none.
         schedule: Learning rate after the warm-up: cosine to a tenth of the peak, linear to zero, or constant.
         warmup: Steps of linear warm-up; below 1, a share of all steps.
         steps: Optimizer steps.
-        batch_size: Sequences in a forward pass, on each device.
+        batch_size: Sequences in a forward pass, on each device. A run that is continued on another number of devices
+            keeps the sequences of a step: fewer in a pass, or more passes.
         grad_accumulation: Forward passes in an optimizer step.
         seq_len: Tokens in a sequence.
         dtype: float32; bfloat16 (weights and gradients in bfloat16); or amp (float32 weights, bfloat16 arithmetic).
@@ -77,15 +92,25 @@ class PretrainConfig:
         chunked_loss: Compute the loss some tokens at a time, so that the logits of all of them never exist at once.
         activation_checkpointing: Recompute activations in the backward pass: less memory, more time.
         eval_every: Steps between evaluations on the held-out text; 0 evaluates at the end only.
-        eval_batches: Batches in an evaluation.
+        eval_batches: Batches in an evaluation, however many devices share them.
         log_every: Steps between lines in metrics.jsonl.
         save_every: Steps between checkpoints; 0 saves at the end only.
-        keep_checkpoints: Newest checkpoints that are kept.
+        keep_checkpoints: Newest checkpoints that are kept, beside the one with the lowest loss on held-out text.
         seed: Of the weights, the order of the data and the optimizer's draws.
         output: Run folder. None: ``runs/METHOD-MODEL``, with a number after it when that exists.
         resume: ``auto`` continues from the newest checkpoint in the run folder, or starts when there is none; a path
             continues from that checkpoint; ``none`` starts afresh and never touches an existing run.
+        carry_over: Checkpoint of another run to start from: its weights, and the state of its optimizer taken over by
+            this run's method at this run's rank as far as it can be. Steps and the schedule begin anew.
         measure_memory: Trace the memory of the first two steps, and show it beside the plan at the end.
+        reduce: What several processes (torchrun, accelerate launch) send each other of the gradients of projected
+            matrices: projected, the projections, where the method needs no more (GaLore, GoLore and those in 8 bits),
+            and clipping then goes by their norm; full, the gradients; or power_sgd, torch's lossy compression at the
+            same rank. None: projected where that changes no number (``--max_grad_norm 0``, or a gradient that is
+            fused or projected), else full.
+        shard: none, every process holds the model and the optimizer's state; full, each holds a share (FSDP2) and
+            whole bases; or bases, a share of these too, for one gather of each in a step.
+        timeout: Seconds that a process waits for another one before the run ends with a message.
         report_to: Log to TensorBoard or Weights & Biases too.
     """
 
@@ -95,6 +120,7 @@ class PretrainConfig:
     tokenizer: str | None = None
     vocab_size: int = 4096
     validation: float = 0.05
+    bad_records: Literal["error", "skip"] = "error"
     rank: int | None = None
     target_modules: str | list[str] = "all-linear"
     exclude: list[str] = field(default_factory=list)
@@ -104,6 +130,8 @@ class PretrainConfig:
     other_lr_scale: float = 1.0
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    max_bad_steps: int = 10
+    spike: float = 6.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = 0.1
     steps: int = 800
@@ -124,7 +152,11 @@ class PretrainConfig:
     seed: int = 0
     output: str | None = None
     resume: str = "none"
+    carry_over: str | None = None
     measure_memory: bool = False
+    reduce: Literal["projected", "full", "power_sgd"] | None = None
+    shard: Literal["none", "full", "bases"] = "none"
+    timeout: float = 600.0
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
 
     def __post_init__(self) -> None:
@@ -133,17 +165,20 @@ class PretrainConfig:
         Raises:
             ValueError: naming the setting, its value and what is allowed.
         """
-        for name in ("steps", "batch_size", "grad_accumulation", "log_every", "eval_batches", "keep_checkpoints"):
+        check_types(self)
+        counts = ("steps", "batch_size", "grad_accumulation", "log_every", "eval_batches", "keep_checkpoints")
+        for name in (*counts, "max_bad_steps"):
             self._demand(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("eval_every", "save_every", "seed", "weight_decay", "max_grad_norm", "warmup"):
+        for name in ("eval_every", "save_every", "seed", "weight_decay", "max_grad_norm", "warmup", "spike"):
             self._demand(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("lr_scale", "other_lr_scale"):
+        for name in ("lr_scale", "other_lr_scale", "timeout"):
             self._demand(name, getattr(self, name) > 0, "greater than 0")
         self._demand("lr", self.lr is None or self.lr > 0, "greater than 0, or null for the method's own")
         self._demand("warmup", self.warmup < 1 or self.warmup == int(self.warmup), "a whole number, or a share below 1")
         self._demand("seq_len", self.seq_len >= 2, "at least 2 tokens")
         self._demand("rank", self.rank is None or self.rank >= 1, "at least 1, or null for a quarter of the width")
         self._demand("validation", 0 < self.validation < 1, "between 0 and 1")
+        self._demand("bad_records", self.bad_records in ("error", "skip"), "error or skip")
         self._demand("schedule", self.schedule in ("cosine", "linear", "constant"), "cosine, linear or constant")
         self._demand("dtype", self.dtype in ("float32", "bfloat16", "amp"), "float32, bfloat16 or amp")
         self._demand("weight_storage", self.weight_storage in (None, "float", "int8"), "float, int8 or null")
@@ -153,6 +188,9 @@ class PretrainConfig:
             not self.share_inputs or self.gradient == "projected",
             "false where gradient is not projected",
         )
+        reductions = (None, "projected", "full", "power_sgd")
+        self._demand("reduce", self.reduce in reductions, "projected, full, power_sgd or null")
+        self._demand("shard", self.shard in ("none", "full", "bases"), "none, full or bases")
         self._demand("report_to", self.report_to in ("none", "tensorboard", "wandb"), "none, tensorboard or wandb")
 
     def _demand(self, name: str, good: bool, allowed: str) -> None:
@@ -170,15 +208,51 @@ def read_config(path: Path) -> PretrainConfig:
     Raises:
         ValueError: not such a file; an unknown setting is named with the closest one.
     """
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no settings.")
+    content = read_settings(path)
     known = [setting.name for setting in dataclasses.fields(PretrainConfig)]
     for name in content:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
             raise ValueError(f"{path}: unknown setting {name!r}{f'; did you mean {close[0]!r}?' if close else '.'}")
     return PretrainConfig(**content)
+
+
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "a text"),
+    "list[str]": ((list,), "a list of texts"),
+    "str | list[str]": ((str, list), "a text or a list of texts"),
+    "dict[str, Any]": ((dict,), "a mapping"),
+}
+
+
+def check_types(settings: Any) -> None:
+    """Check that the values of a dataclass of settings are what its annotations say, and that numbers are usable.
+
+    Raises:
+        ValueError: naming the setting, its value and what is allowed.
+
+    Example:
+        >>> PretrainConfig(steps="many")
+        Traceback (most recent call last):
+        ValueError: steps is 'many'; it must be a whole number.
+    """
+    for setting in dataclasses.fields(settings):
+        value, annotation = getattr(settings, setting.name), str(setting.type)
+        kind = annotation.removesuffix(" | None")
+        if kind not in _KINDS or (value is None and kind != annotation):
+            continue
+        types, allowed = _KINDS[kind]
+        good = isinstance(value, types) and (types == (bool,) or not isinstance(value, bool))
+        good = good and not (isinstance(value, list) and not all(isinstance(item, str) for item in value))
+        if good and isinstance(value, int) and abs(value) >= 1 << 32:
+            good, allowed = False, "smaller than 2^32"
+        if good and isinstance(value, float) and not math.isfinite(value):
+            good, allowed = False, "finite"
+        if not good:
+            raise ValueError(f"{setting.name} is {value!r}; it must be {allowed}.")
 
 
 def differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
+import hashlib
 import io
 import json
 import sysconfig
@@ -10,10 +12,10 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["BLOCK_CHARACTERS", "TEXT_FIELD", "python_sources", "read_documents"]
+from subspan.train.bad_records import TEXT_FIELD, BadRecords, record_text
 
-#: The field (.jsonl) or column (.parquet) that holds the text of a document.
-TEXT_FIELD = "text"
+__all__ = ["BLOCK_CHARACTERS", "digest", "python_sources", "read_documents"]
+
 #: Longer text files are cut into documents of about this many characters, so that one file can be both trained and
 #: validated on.
 BLOCK_CHARACTERS = 8192
@@ -47,18 +49,33 @@ def python_sources(root: Path | None = None) -> list[str]:
     return documents
 
 
-def read_documents(path: str | Path) -> list[str]:
+def digest(text: str) -> bytes:
+    """SHA-256 of a document."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+class _UnreadableError(ValueError):
+    """A whole file that cannot be used."""
+
+
+def read_documents(path: str | Path, bad: BadRecords | None = None) -> list[str]:
     """Read every document of a file or, recursively and in the order of the paths, of a folder.
 
     ``.jsonl`` and ``.parquet`` hold one document a row in `TEXT_FIELD`; every other file is UTF-8 text, cut at line
-    ends into documents of about `BLOCK_CHARACTERS` characters where it is longer. ``.gz`` and ``.zst`` are unpacked.
-    Hidden files are left out.
+    ends into documents of about `BLOCK_CHARACTERS` characters where it is longer. ``.gz`` and ``.zst`` are unpacked in
+    memory. Hidden files are left out, and links to folders are not followed.
+
+    Args:
+        path: of the file or folder.
+        bad: what becomes of records that cannot be used; a file that cannot be read counts as one. None: an error.
 
     Raises:
         FileNotFoundError: no such path, or a folder without files.
-        ValueError: a file that is empty, broken or not what its name says; the message names it, with the line.
+        ValueError: a file that is empty, broken or not what its name says, with its name and the line; nothing to train
+            on; a file that changes while it is read.
     """
     path = Path(path).expanduser()
+    bad = BadRecords() if bad is None else bad
     if path.is_dir():
         files = sorted(
             (f for f in path.rglob("*") if f.is_file() and not _hidden(f.relative_to(path))),
@@ -73,40 +90,54 @@ def read_documents(path: str | Path) -> list[str]:
             f"data {str(path)!r}: no such file or folder. Give a text file, .jsonl, .parquet, a folder of them, "
             "or hf:NAME[:CONFIG][:SPLIT] for a data set of the Hugging Face hub."
         )
-    return [document for file in files for document in _read_file(file)]
+    documents: list[str] = []
+    for file in files:
+        try:
+            documents += _read_file(file, bad)
+        except _UnreadableError as error:
+            bad.meet(str(error), error)
+    if not documents:
+        raise ValueError(f"{path} holds no text to train on ({bad}).")
+    return documents
 
 
 def _hidden(relative: Path) -> bool:
     return any(part.startswith(".") for part in relative.parts)
 
 
-def _read_file(path: Path) -> list[str]:
-    raw = _unpack(path)
+def _read_file(path: Path, bad: BadRecords) -> list[str]:
     suffixes = [suffix.lower() for suffix in path.suffixes]
+    raw = _unpack(path, suffixes[-1] if suffixes else "")
     if suffixes and suffixes[-1] in (".gz", ".zst"):
         suffixes.pop()
     kind = suffixes[-1] if suffixes else ""
+    before = bad.count
+    documents: Iterator[str]
     if kind in (".jsonl", ".ndjson"):
-        documents = list(_json_lines(path, raw))
+        documents = _json_lines(path, raw, bad)
     elif kind == ".parquet":
-        documents = _parquet(path, raw)
+        documents = _parquet(path, raw, bad)
     else:
-        documents = _blocks(_decode(path, raw))
-    documents = [document for document in documents if document.strip()]
-    if not documents:
-        raise ValueError(f"{path} is empty: it holds no text to train on.")
-    return documents
+        documents = _text_blocks(path, raw, bad)
+    found = [document for document in documents if document.strip()]
+    if not found and bad.count == before:
+        raise _UnreadableError(f"{path} is empty: it holds no text to train on.")
+    return found
 
 
-def _unpack(path: Path) -> bytes:
-    suffix = path.suffix.lower()
-    raw = path.read_bytes()
-    if suffix == ".gz":
+def _unpack(path: Path, kind: str) -> bytes:
+    try:
+        before, raw, after = path.stat(), path.read_bytes(), path.stat()
+    except OSError as error:
+        raise _UnreadableError(f"{path} cannot be read: {error.strerror}.") from error
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise ValueError(f"{path} changed while it was read; start again when nothing writes to it any more.")
+    if kind == ".gz":
         try:
             return gzip.decompress(raw)
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is not a whole gzip file ({error}); copy or download it again.") from error
-    if suffix == ".zst":
+            raise _UnreadableError(f"{path} is not a whole gzip file ({error}); copy or download it again.") from error
+    if kind == ".zst":
         import zstandard
 
         frames = []
@@ -117,54 +148,82 @@ def _unpack(path: Path) -> bytes:
                 frames.append(frame.decompress(rest))
                 rest, whole = frame.unused_data, frame.eof
         except zstandard.ZstdError as error:
-            raise ValueError(f"{path} is not a whole zstandard file ({error}); copy or download it again.") from error
+            message = f"{path} is not a whole zstandard file ({error}); copy or download it again."
+            raise _UnreadableError(message) from error
         if not whole:
-            raise ValueError(f"{path} is not a whole zstandard file; copy or download it again.")
+            raise _UnreadableError(f"{path} is not a whole zstandard file; copy or download it again.")
         return b"".join(frames)
     return raw
 
 
-def _decode(path: Path, raw: bytes) -> str:
+def _decode(path: Path, raw: bytes, bad: BadRecords) -> str:
+    """The text of a file; a line that is not UTF-8 is a bad record, and an empty line in the text."""
+    raw = raw.removeprefix(codecs.BOM_UTF8)
     try:
         return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}, line {line}: byte {raw[error.start]:#04x} is not UTF-8; convert the file to UTF-8 text, "
-            "or keep it out of the folder."
-        ) from error
+    except UnicodeDecodeError:
+        pass
+    lines = []
+    for number, line in enumerate(raw.split(b"\n"), start=1):
+        try:
+            lines.append(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            fault = (
+                f"{path}, line {number}: byte {line[error.start]:#04x} is not UTF-8; convert the file to UTF-8 "
+                "text, or keep it out of the folder."
+            )
+            bad.meet(fault, error)
+            lines.append("")
+    return "\n".join(lines)
 
 
-def _json_lines(path: Path, raw: bytes) -> Iterator[str]:
-    for number, line in enumerate(_decode(path, raw).split("\n"), start=1):
+def _json_lines(path: Path, raw: bytes, bad: BadRecords) -> Iterator[str]:
+    for number, line in enumerate(_decode(path, raw, bad).split("\n"), start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); one object a line is wanted.") from error
-        if not isinstance(row, dict) or not isinstance(row.get(TEXT_FIELD), str):
-            found = f"the fields {', '.join(map(repr, row))}" if isinstance(row, dict) else f"a {type(row).__name__}"
-            raise ValueError(f"{path}, line {number}: wants an object with a string {TEXT_FIELD!r}, found {found}.")
-        yield row[TEXT_FIELD]
+        # Nested too deeply for the parser, or a number with thousands of digits.
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)
+            bad.meet(f"{path}, line {number}: not JSON ({reason}); one object a line is wanted.", error)
+            continue
+        try:
+            text = record_text(row)
+        except ValueError as error:
+            bad.meet(f"{path}, line {number}: {error}.", error)
+            continue
+        yield text
 
 
-def _parquet(path: Path, raw: bytes) -> list[str]:
+def _parquet(path: Path, raw: bytes, bad: BadRecords) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(io.BytesIO(raw))
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a whole parquet file ({error}); copy or download it again.") from error
-    columns = file.schema_arrow.names
-    if TEXT_FIELD not in columns:
-        raise ValueError(f"{path}: wants a column {TEXT_FIELD!r}, found {', '.join(map(repr, columns))}.")
-    rows = file.read(columns=[TEXT_FIELD]).column(TEXT_FIELD).to_pylist()
-    for number, row in enumerate(rows, start=1):
-        if row is not None and not isinstance(row, str):
-            raise ValueError(f"{path}, row {number}: the column {TEXT_FIELD!r} holds a {type(row).__name__}, no text.")
-    return [row for row in rows if row is not None]
+        file = pyarrow.parquet.ParquetFile(io.BytesIO(raw), page_checksum_verification=True)
+        columns = file.schema_arrow.names
+        table = file.read(columns=[TEXT_FIELD]) if TEXT_FIELD in columns else None
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        message = f"{path} is not a whole parquet file ({error}); copy or download it again."
+        raise _UnreadableError(message) from error
+    if table is None:
+        raise _UnreadableError(f"{path}: wants a column {TEXT_FIELD!r}, found {', '.join(map(repr, columns))}.")
+    for number, value in enumerate(table.column(TEXT_FIELD), start=1):
+        try:
+            text = record_text({TEXT_FIELD: value.as_py()})
+        except ValueError as error:  # also a text that is not UTF-8
+            bad.meet(f"{path}, row {number}: {error}.", error)
+            continue
+        yield text
+
+
+def _text_blocks(path: Path, raw: bytes, bad: BadRecords) -> Iterator[str]:
+    for block in _blocks(_decode(path, raw, bad)):
+        try:
+            yield record_text({TEXT_FIELD: block})
+        except ValueError as error:
+            bad.meet(f"{path}: {error}; break its lines.", error)
 
 
 def _blocks(text: str) -> list[str]:

@@ -12,6 +12,8 @@ from torch import nn
 from subspan.nn import project_gradients, quantize_weights
 from subspan.optim import LowRankOptimizer, create_optimizer, method_info
 from subspan.train.config import PretrainConfig
+from subspan.train.processes import launched
+from subspan.train.reduce import check_reduction
 
 __all__ = ["build_optimizer", "check_optimizer", "check_settings", "hold_weights", "projected_names", "resolve"]
 
@@ -83,6 +85,7 @@ def check_settings(config: PretrainConfig) -> None:
         resolve(config, 8), target_modules="all-linear", exclude=[], gradient=fused, share_inputs=False
     )
     optimizer = build_optimizer(nn.Linear(8, 8), settings)
+    check_reduction(dataclasses.replace(config, weight_storage=_storage(config)), optimizer, launched())
     if _storage(config) == "int8" and optimizer.param_groups[0]["rounding"] == "nearest":
         raise ValueError(
             f"weight_storage is 'int8', and the method {config.method!r} rounds to nearest, which loses most steps: "
@@ -132,6 +135,8 @@ def build_optimizer(model: nn.Module, config: PretrainConfig) -> LowRankOptimize
         )
     except TypeError as error:
         raise ValueError(f"optimizer: {error}") from error
+    if config.shard == "bases" and launched() > 1:
+        optimizer.divide_bases()
     if config.gradient == "fused":
         optimizer.fuse_into_backward()
     elif config.gradient == "projected":

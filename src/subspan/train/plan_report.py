@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from subspan.memory.plan import CATEGORIES
@@ -104,8 +105,8 @@ def _print(console: Console, settings: PlanSettings, planned: list[Recipe]) -> N
     first = planned[0]
     checkpointing = ", activation checkpointing" if settings.activation_checkpointing else ""
     console.print(
-        f"[bold]{settings.model}[/]: {first.parameters:,} parameters, {settings.dtype}, batch {settings.batch_size} × "
-        f"{settings.seq_len} tokens{checkpointing}, on {_device(settings)}",
+        f"[bold]{escape(settings.model)}[/]: {first.parameters:,} parameters, {settings.dtype}, "
+        f"batch {settings.batch_size} × {settings.seq_len} tokens{checkpointing}, on {_device(settings)}",
         highlight=False,
     )
     table = Table(first.title, "most", "at the peak", box=None, pad_edge=False, header_style="bold")
@@ -177,10 +178,10 @@ def _write(
         writer.writerow([*row, *(at[name] for name in CATEGORIES)])
     write_text(folder / "plan.csv", text.getvalue())
     if importlib.util.find_spec("matplotlib") is None:
-        console.print("No plan.png: it needs matplotlib, pip install 'subspan[report]'.", highlight=False)
+        console.print("No plan.png: it needs matplotlib, pip install 'subspan[report]'.", markup=False, highlight=False)
     else:
         _plot(folder / "plan.png", settings, planned)
-    console.print(f"Written to {folder}", highlight=False, soft_wrap=True)
+    console.print(f"Written to {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _plot(path: Path, settings: PlanSettings, planned: list[Recipe]) -> None:

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from subspan.train.config import check_types
+
 __all__ = ["PlanSettings", "parse_bytes"]
 
 _UNITS = {unit: 1000**power for power, unit in enumerate(("b", "kb", "mb", "gb", "tb"))}
@@ -71,6 +73,7 @@ class PlanSettings:
         Raises:
             ValueError: naming the setting, its value and what is allowed.
         """
+        check_types(self)
         for name, least in {"batch_size": 1, "grad_accumulation": 1, "seq_len": 2, "vocab_size": 2, "rank": 1}.items():
             value = getattr(self, name)
             if value is not None and value < least:

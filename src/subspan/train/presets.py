@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 __all__ = ["PRESETS", "LlamaSize", "build_model", "model_tokenizer", "skeleton"]
@@ -109,6 +110,11 @@ def build_model(
         return _initialise(_config_with(_read_config(path), vocab_size, name_or_path), seed, dtype, seq_len)
     if path.is_dir():
         config = _read_config(path)
+        if any(path.glob("shard-*.safetensors")):
+            raise ValueError(
+                f"{str(path)!r} holds the parts that several processes wrote; make a model of them first: "
+                f"subspan checkpoint convert {path} MODEL_FOLDER."
+            )
         if not any(path.glob("*.safetensors")):
             if weights := [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]:
                 raise ValueError(
@@ -226,7 +232,7 @@ def _load(name: str, vocab_size: int | None, seq_len: int, dtype: torch.dtype) -
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     try:
         model = AutoModelForCausalLM.from_pretrained(name, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"model {name!r} cannot be loaded: {error}\nPresets that need no download: {', '.join(PRESETS)}."
         ) from error

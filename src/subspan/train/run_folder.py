@@ -7,16 +7,21 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from subspan.checkpoint import latest, verify
 from subspan.train.config import PretrainConfig, differences, read_config, write_text
 from subspan.train.data import PackedDataset, TextData
+from subspan.train.lock import LOCK_FILE, RunLock
+from subspan.train.processes import launched
 from subspan.train.trainer import CHECKPOINT, PROGRESS_FILE
 
-__all__ = ["RunFolder", "open_run_folder"]
+__all__ = ["RunFolder", "check_space", "claim", "data_fingerprint", "open_run_folder", "run_path", "shared_batch"]
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -32,10 +37,12 @@ class RunFolder:
     Attributes:
         path: of the folder.
         checkpoint: whole checkpoint from which the run continues, or None for a run that starts.
+        skipped: what is wrong with newer checkpoints that are passed over, one line each.
     """
 
     path: Path
     checkpoint: Path | None = None
+    skipped: tuple[str, ...] = ()
 
     @property
     def step(self) -> int:
@@ -59,6 +66,12 @@ class RunFolder:
             return []
         return json.loads((self.checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
 
+    @property
+    def processes(self) -> int:
+        """Processes that the run was started with."""
+        file = self.path / VERSIONS_FILE
+        return launched() if self.checkpoint is None else int(_read(file).get("processes", 1))
+
     def check(self, config: PretrainConfig, data: TextData) -> list[str]:
         """Compare the settings, the data and the library versions with those of the run so far; writes nothing.
 
@@ -80,12 +93,13 @@ class RunFolder:
             )
         if self.checkpoint is None:
             return []
-        if changed := _changed(self.path / DATA_FILE, _fingerprint(data)):
+        if changed := _changed(self.path / DATA_FILE, data_fingerprint(data)):
             raise ValueError(
                 f"the data of the run in {self.path} has changed ({', '.join(changed)}), so it cannot be continued "
                 "exactly. Bring the data back as it was, or start a new run with another --output."
             )
-        versions = _changed(self.path / VERSIONS_FILE, _versions())
+        # A run of before there were several processes does not say that it had one.
+        versions = _changed(self.path / VERSIONS_FILE, _versions(), {"processes": "1"})
         return [f"{name}: {before} -> {now}" for name, (before, now) in versions.items()]
 
     def write(self, config: PretrainConfig, data: TextData) -> None:
@@ -94,11 +108,15 @@ class RunFolder:
         write_text(self.path / CONFIG_FILE, settings.to_yaml())
         if self.checkpoint is None:
             write_text(self.path / VERSIONS_FILE, json.dumps(_versions(), indent=2) + "\n")
-            write_text(self.path / DATA_FILE, json.dumps(_fingerprint(data), indent=2) + "\n")
+            write_text(self.path / DATA_FILE, json.dumps(data_fingerprint(data), indent=2) + "\n")
 
 
-def _changed(file: Path, now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    before = json.loads(file.read_text(encoding="utf-8"))
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _changed(file: Path, now: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, tuple[Any, Any]]:
+    before = (defaults or {}) | _read(file)
     return {name: (before.get(name), value) for name, value in now.items() if before.get(name) != value}
 
 
@@ -111,10 +129,10 @@ def open_run_folder(config: PretrainConfig) -> RunFolder:
     """
     if config.resume not in ("auto", "none"):
         return _open_checkpoint(Path(config.resume).expanduser(), config.output)
-    path = Path(config.output).expanduser() if config.output is not None else _default_folder(config)
+    path = run_path(config)
     if path.exists() and not path.is_dir():
         raise ValueError(f"output {str(path)!r} is a file; give a folder.")
-    if not path.exists() or not any(path.iterdir()):
+    if not path.exists() or not any(inside.name != LOCK_FILE for inside in path.iterdir()):
         return RunFolder(path)
     if not (path / CONFIG_FILE).exists():
         raise ValueError(f"output {str(path)!r} holds other files and no run; choose another folder.")
@@ -123,8 +141,63 @@ def open_run_folder(config: PretrainConfig) -> RunFolder:
             f"output {str(path)!r} already holds a run, and a run is never overwritten. Continue it with "
             "--resume auto, or choose another --output."
         )
-    whole = sorted((_step(folder), folder) for folder in path.glob("checkpoint-*") if _is_whole(folder))
-    return RunFolder(path, whole[-1][1] if whole else None)
+    skipped: list[str] = []
+    whole = latest(path, skipped=skipped.append)
+    if whole is None and skipped:
+        raise ValueError(
+            f"{path} has no checkpoint that is whole: {'; '.join(skipped)}. Bring one back, or start a new run with "
+            "another --output."
+        )
+    return RunFolder(path, whole, tuple(skipped))
+
+
+def claim(folder: RunFolder, lock: RunLock) -> None:
+    """Take the folder for a run: create it, lock it, and see that it can be written to.
+
+    Raises:
+        ValueError: it cannot be written to, or another run has it.
+    """
+    path = folder.path
+    late = not lock.held
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.take()
+        # The lock's file may be there already in a folder where nothing can be added.
+        with tempfile.NamedTemporaryFile(dir=path, suffix=".tmp"):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"the run folder {path} cannot be written to ({error.strerror}): choose another --output."
+        ) from error
+    if late and (path / CONFIG_FILE).exists():
+        raise ValueError(f"another run has just been written to {path}: choose another --output.")
+
+
+def check_space(folder: RunFolder, checkpoint_bytes: int, keep: int) -> None:
+    """Check that the disk has room for the checkpoints.
+
+    Args:
+        folder: of the run.
+        checkpoint_bytes: weights and optimizer state of one checkpoint.
+        keep: checkpoints that are kept; there is one more while the newest is written.
+
+    Raises:
+        ValueError: it has not.
+    """
+    missing = max(0, keep + 1 - len(list(folder.path.glob("checkpoint-*"))))
+    needed, free = missing * checkpoint_bytes, shutil.disk_usage(folder.path).free
+    if needed > free:
+        raise ValueError(
+            f"{missing} more checkpoints take {needed:,} bytes and the disk of {folder.path} has {free:,} left: make "
+            "room, lower --keep_checkpoints, or choose another --output."
+        )
+
+
+def run_path(config: PretrainConfig) -> Path:
+    """Return where the folder of a run is or will be."""
+    if config.resume not in ("auto", "none"):
+        return Path(config.resume).expanduser().resolve().parent
+    return Path(config.output).expanduser() if config.output is not None else _default_folder(config)
 
 
 def _open_checkpoint(checkpoint: Path, output: str | None) -> RunFolder:
@@ -132,14 +205,44 @@ def _open_checkpoint(checkpoint: Path, output: str | None) -> RunFolder:
         raise FileNotFoundError(
             f"resume {str(checkpoint)!r}: no such checkpoint folder; give one, or auto for the newest, or none."
         )
-    if not _is_whole(checkpoint):
-        raise ValueError(f"resume {str(checkpoint)!r} is no whole checkpoint: it has no {PROGRESS_FILE}.")
+    _step(checkpoint)
+    verify(checkpoint).raise_if_bad()
     folder = checkpoint.resolve().parent
     if output is not None and Path(output).expanduser().resolve() != folder:
         raise ValueError(
             f"a run is continued in its own folder: leave --output out, or make it {str(folder)!r}, not {output!r}."
         )
     return RunFolder(folder, checkpoint.resolve())
+
+
+def shared_batch(config: PretrainConfig, then: int, now: int) -> tuple[int, int]:
+    """Share the sequences of a step among another number of processes than a run was started with.
+
+    Args:
+        config: settings of the run.
+        then: processes that it was started with.
+        now: processes that it is continued with.
+
+    Returns:
+        Sequences in a forward pass, at most as many as the settings say, and passes in a step.
+
+    Raises:
+        ValueError: they cannot be shared evenly.
+
+    Example:
+        >>> shared_batch(PretrainConfig(batch_size=4), then=2, now=1)
+        (4, 2)
+    """
+    sequences = config.batch_size * config.grad_accumulation * then
+    each, left = divmod(sequences, now)
+    if left:
+        raise ValueError(
+            f"a step of this run takes {sequences} sequences ({then} processes x batch_size {config.batch_size} x "
+            f"grad_accumulation {config.grad_accumulation}), which {now} processes cannot share evenly; start a number "
+            f"of processes that divides {sequences}."
+        )
+    batch = max(size for size in range(1, config.batch_size + 1) if each % size == 0)
+    return batch, each // batch
 
 
 def _default_folder(config: PretrainConfig) -> Path:
@@ -158,12 +261,8 @@ def _default_folder(config: PretrainConfig) -> Path:
 def _step(checkpoint: Path) -> int:
     match = CHECKPOINT.fullmatch(checkpoint.name)
     if match is None:
-        raise ValueError(f"{checkpoint} is not called checkpoint-STEP.")
+        raise ValueError(f"resume {str(checkpoint)!r} is not called checkpoint-STEP; give a checkpoint of a run.")
     return int(match[1])
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    return CHECKPOINT.fullmatch(checkpoint.name) is not None and (checkpoint / PROGRESS_FILE).is_file()
 
 
 def _versions() -> dict[str, str]:
@@ -171,12 +270,15 @@ def _versions() -> dict[str, str]:
     for library in _LIBRARIES:
         versions[library] = importlib.metadata.version(library)
     versions["torch"] = torch.__version__
+    versions["processes"] = str(launched())
     versions["threads"] = str(torch.get_num_threads())
     versions["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return versions
 
 
-def _fingerprint(data: TextData) -> dict[str, Any]:
+def data_fingerprint(data: TextData) -> dict[str, Any]:
+    """Return what tells whether data is the same: digests of the tokenizer and the sequences."""
+
     def digest(dataset: PackedDataset) -> str:
         return hashlib.sha256(dataset.sequences.numpy().tobytes()).hexdigest()
 

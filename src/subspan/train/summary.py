@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from rich.console import Console, Group
+from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from subspan.memory import MemoryPlan, plan
@@ -20,6 +22,8 @@ from subspan.optim.table import alike
 from subspan.state import held
 from subspan.train.config import PretrainConfig
 from subspan.train.data import PackedDataset, TextData
+from subspan.train.reduce import reduction
+from subspan.train.trainer import PretrainTrainer
 
 __all__ = ["RunSummary", "finished_summary", "generate_sample", "measured_bytes", "show_end", "show_start"]
 
@@ -40,6 +44,7 @@ class RunSummary:
         planned_state_bytes: optimizer state that was planned.
         peak_memory_bytes: of the GPU, or of the process.
         skipped_steps: steps of single parameters that were left out for gradients that are not finite.
+        bad_records: records of the data that were left out.
         signal: number of the signal that came during the run, or None; one that came in the last step stopped nothing.
         mean_rank: over all projected matrices and all steps, where ranks change; else None.
     """
@@ -55,6 +60,7 @@ class RunSummary:
     planned_state_bytes: int
     peak_memory_bytes: int
     skipped_steps: int
+    bad_records: int = 0
     signal: int | None = None
     mean_rank: float | None = None
 
@@ -76,14 +82,16 @@ def by_role(plan: MemoryPlan) -> dict[str, int]:
 
 
 def measured_bytes(model: nn.Module, gradients: int, state: dict[str, int]) -> MemoryPlan:
-    """Return the bytes that are allocated; whole storages are counted, each once.
+    """Return the bytes that are allocated in this process; whole storages are counted, each once.
 
     Args:
         model: for the weights and buffers.
         gradients: bytes seen before an optimizer step.
         state: allocated optimizer state by key.
     """
-    tensors = [part for tensor in [*model.parameters(), *model.buffers()] for part in held(tensor)]
+    whole = [*model.parameters(), *model.buffers()]
+    own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in whole]
+    tensors = [part for tensor in own for part in held(tensor)]
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return MemoryPlan(sum(storages.values()), gradients, state)
 
@@ -92,38 +100,53 @@ def show_start(
     console: Console,
     config: PretrainConfig,
     model: PreTrainedModel,
-    optimizer: LowRankOptimizer,
+    trainer: PretrainTrainer,
     data: TextData,
     output: Path,
     step: int,
 ) -> None:
     """Print the model, the data, the table of projected tensors and the planned bytes."""
+    optimizer, arguments = trainer.low_rank_optimizer, trainer.args
     rows = optimizer.rows()
     total = sum(p.numel() for p in model.parameters())
     projected = sum(_numel(row.shape) for row in rows if row.rank is not None)
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
-    facts.add_row("model", f"{config.model}: {total:,} parameters, {projected / total:.0%} of them projected")
+    facts.add_row("model", f"{escape(config.model)}: {total:,} parameters, {projected / total:.0%} of them projected")
     sequences = f"{len(data.train):,} sequences" if isinstance(data.train, PackedDataset) else "streamed"
     held_out = f"{len(data.validation):,} held out for validation"
-    facts.add_row(
-        "data", f"{config.data or 'Python standard library'}: {sequences} of {config.seq_len} tokens, {held_out}"
-    )
-    tokens = config.batch_size * config.grad_accumulation * config.seq_len
+    text = escape(config.data or "Python standard library")
+    facts.add_row("data", f"{text}: {sequences} of {config.seq_len} tokens, {held_out}")
+    if data.bad.count:
+        facts.add_row("", Text(str(data.bad)))
+    tokens = trainer.tokens_per_step
     facts.add_row("steps", f"{config.steps:,} of {tokens:,} tokens, {config.schedule} schedule")
-    facts.add_row("output", str(output) + (f" (continues at step {step})" if step else ""))
+    if (processes := trainer.processes).size > 1:
+        passes = f"{arguments.gradient_accumulation_steps} x {arguments.train_batch_size} sequences each"
+        facts.add_row("processes", f"{processes.size}, {passes}, {_exchanged(config, trainer)}")
+    facts.add_row("output", escape(str(output)) + (f" (continues at step {step})" if step else ""))
     console.print(facts)
     console.print()
     console.print(_table(optimizer))
     console.print()
     table = Table("planned memory", "bytes", box=None, pad_edge=False, header_style="bold")
     table.columns[1].justify = "right"
-    planned = plan(model, optimizer, config.grad_accumulation)
+    planned = plan(model, optimizer, arguments.gradient_accumulation_steps)
     for name, count in by_role(planned).items():
         table.add_row(name, f"{count:,}")
     table.add_row("in all, without activations", f"{planned.total:,}", style="bold")
     console.print(table)
     console.print()
+
+
+def _exchanged(config: PretrainConfig, trainer: PretrainTrainer) -> str:
+    if config.shard != "none":
+        return "each holds a share of the model"
+    return {
+        "projected": "projected gradients are reduced",
+        "full": "whole gradients are reduced",
+        "power_sgd": "gradients are reduced by PowerSGD, with other numbers after a resume",
+    }[reduction(config, trainer.low_rank_optimizer)]
 
 
 def _table(optimizer: LowRankOptimizer) -> Table:
@@ -141,7 +164,7 @@ def _table(optimizer: LowRankOptimizer) -> Table:
         row = same[0]
         kept = row.rank_text if row.rank is None else f"{row.rank_text} {row.side}"
         table.add_row(
-            pattern.removesuffix(".weight"),
+            escape(pattern.removesuffix(".weight")),
             str(len(same)),
             "×".join(map(str, row.shape)),
             kept if row.trainable else "frozen",
@@ -179,12 +202,14 @@ def show_end(
     facts.add_row("speed", f"{summary.tokens_per_second:,.0f} tokens/s over {summary.tokens:,} tokens")
     if summary.skipped_steps:
         facts.add_row("skipped", f"{summary.skipped_steps} steps of single tensors, for gradients that are not finite")
+    if summary.bad_records:
+        facts.add_row("bad records", f"{summary.bad_records:,} left out")
     if summary.mean_rank is not None:
         memory.caption = "planned is the most, measured\nwhat the last ranks need"
         memory.caption_justify = "left"
         where = f"over time in {ranks}" if ranks else "a picture needs matplotlib: pip install 'subspan[report]'"
-        facts.add_row("mean rank", f"{summary.mean_rank:.1f}, {where}")
-    facts.add_row("run folder", summary.output)
+        facts.add_row("mean rank", escape(f"{summary.mean_rank:.1f}, {where}"))
+    facts.add_row("run folder", escape(summary.output))
     console.print()
     console.print(memory)
     if sample is None:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from subspan.train.callbacks import MetricsFile, json_line
 from subspan.train.config import PretrainConfig, differences, read_config, write_text
 from subspan.train.pretrain import pretrain
+from subspan.train.processes import launched
 from subspan.train.run_folder import METRICS_FILE
 from subspan.train.summary import RunSummary, finished_summary
 
@@ -58,6 +60,8 @@ def sweep(config: PretrainConfig, grid: dict[str, Any], *, console: Console | No
         ({'lr': 0.01}, RunSummary(...))
     """
     console = console or Console()
+    if launched() > 1:
+        raise ValueError("a sweep runs in one process: start it without torchrun.")
     axes = _axes(grid)
     output = Path(config.output or f"runs/sweep-{config.method}-{Path(config.model).stem}").expanduser()
     _claim(output, config)
@@ -66,10 +70,14 @@ def sweep(config: PretrainConfig, grid: dict[str, Any], *, console: Console | No
     for number, settings in enumerate(combinations, start=1):
         folder = output / _name(settings)
         single = _apply(dataclasses.replace(config, output=str(folder), resume="auto"), settings)
-        console.print(f"[bold]Run {number} of {len(combinations)}: {_name(settings)}[/]", highlight=False)
+        console.print(f"[bold]Run {number} of {len(combinations)}: {escape(_name(settings))}[/]", highlight=False)
         summary = finished_summary(folder, MetricsFile.read(folder / METRICS_FILE))
         if summary is None or summary.step != single.steps:
-            summary = pretrain(single, console=console)
+            try:
+                summary = pretrain(single, console=console)
+            except FloatingPointError as error:
+                console.print(str(error), style="red", markup=False)
+                summary = _diverged(folder)
         else:
             console.print("finished already")
         if summary.finished:
@@ -129,6 +137,23 @@ def _apply(config: PretrainConfig, settings: dict[str, Any]) -> PretrainConfig:
     return dataclasses.replace(config, **own, optimizer=config.optimizer | optimizer)
 
 
+def _diverged(folder: Path) -> RunSummary:
+    """The summary of a run that gave up, from its metrics."""
+    last: dict[str, Any] = next(
+        (line for line in reversed(MetricsFile.read(folder / METRICS_FILE)) if "tokens" in line), {}
+    )
+    names = ("step", "tokens", "tokens_per_second", "peak_memory_bytes", "skipped_steps")
+    return RunSummary(
+        output=str(folder),
+        finished=True,
+        eval_loss=math.inf,
+        eval_perplexity=math.inf,
+        state_bytes=0,
+        planned_state_bytes=0,
+        **{name: last.get(name, 0) for name in names},
+    )
+
+
 def _sorted(runs: list[tuple[dict[str, Any], RunSummary]]) -> list[tuple[dict[str, Any], RunSummary]]:
     """Sort by validation loss, runs that diverged last."""
     return sorted(runs, key=lambda run: _loss(run[1]))
@@ -142,12 +167,14 @@ def _loss(summary: RunSummary) -> float:
 
 def _show(console: Console, result: SweepResult, output: Path) -> None:
     axes = list(result.runs[0][0])
-    table = Table(*axes, "eval loss", "perplexity", "tokens/s", "state bytes", box=None, header_style="bold")
+    table = Table(
+        *map(escape, axes), "eval loss", "perplexity", "tokens/s", "state bytes", box=None, header_style="bold"
+    )
     for settings, summary in result.runs:
         figures = (summary.loss_text, summary.perplexity_text, f"{summary.tokens_per_second:,.0f}")
-        table.add_row(*(str(settings[axis]) for axis in axes), *figures, f"{summary.state_bytes:,}")
+        table.add_row(*(escape(str(settings[axis])) for axis in axes), *figures, f"{summary.state_bytes:,}")
     console.print(table)
-    console.print(f"Results: {output / RESULTS_FILE}", soft_wrap=True)
+    console.print(f"Results: {output / RESULTS_FILE}", markup=False, soft_wrap=True)
 
 
 def _plot(result: SweepResult, axes: list[str], output: Path) -> None:

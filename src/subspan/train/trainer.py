@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import math
-import os
 import re
-import shutil
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
-from subspan.nn.quantised import STEPS
-from subspan.optim import LowRankOptimizer
-from subspan.train.config import PretrainConfig, write_text
+from subspan.distributed import Traffic
+from subspan.linalg import seeded_generator
+from subspan.train.config import PretrainConfig
 from subspan.train.data import StreamedDataset
+from subspan.train.faults import FaultsCallback
 from subspan.train.loss import chunked_loss
 from subspan.train.optimizer import build_optimizer, check_optimizer
-from subspan.train.presets import build_model
+from subspan.train.processes import ALONE, Processes
 from subspan.train.ranks import varying_ranks
+from subspan.train.reduce import reduce_after_wrapping, reduce_before_wrapping, reduction
+from subspan.train.saving import PROGRESS_FILE, STEPS_FILE, SavingTrainer
 
-__all__ = ["CHECKPOINT", "PROGRESS_FILE", "STAGING", "PretrainTrainer", "peak_memory_bytes"]
+__all__ = ["CHECKPOINT", "PROGRESS_FILE", "STEPS_FILE", "PretrainTrainer", "peak_memory_bytes"]
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-#: What the Trainer's own files do not hold; written last, so a checkpoint without it is not whole.
-PROGRESS_FILE = "progress.json"
-STAGING = ".incomplete"
-#: The steps of weights in int8, which the matrices in model.safetensors were multiplied by.
-STEPS_FILE = "int8_steps.safetensors"
 
 
 def peak_memory_bytes() -> int:
@@ -52,7 +48,7 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-class PretrainTrainer(Trainer):
+class PretrainTrainer(SavingTrainer):
     """Trainer that saves checkpoints whole or not at all and resumes to the very same numbers.
 
     On top of the Trainer's own files a checkpoint holds `PROGRESS_FILE`: the losses not yet logged, the seconds
@@ -61,12 +57,23 @@ class PretrainTrainer(Trainer):
     Args:
         config: resolved settings of the run.
         progress: what `PROGRESS_FILE` of the checkpoint holds from which the run continues.
+        processes: that train together.
         **kwargs: see `transformers.Trainer`.
     """
 
-    def __init__(self, config: PretrainConfig, progress: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: PretrainConfig,
+        progress: dict[str, Any] | None = None,
+        processes: Processes = ALONE,
+        **kwargs: Any,
+    ) -> None:
         self.config = config
         self.progress = progress
+        self.processes = processes
+        self.step_loss: torch.Tensor | float = 0.0
+        self.traffic: Traffic | None = None
+        self._draws_from: Any = None
         self.seconds = 0.0
         self.gradient_bytes = 0
         self._mark = 0.0
@@ -75,20 +82,9 @@ class PretrainTrainer(Trainer):
         # The factory receives the model: only the model tells embeddings and the head from other matrices.
         factory: Any = lambda: build_optimizer  # noqa: E731
         super().__init__(optimizer_cls_and_kwargs=(factory, {"config": config}), **kwargs)
+        self.faults = FaultsCallback(self)
         self.add_callback(_Bookkeeping(self))
-
-    @property
-    def low_rank_optimizer(self) -> LowRankOptimizer:
-        """The optimizer without accelerate's wrapper."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        assert isinstance(optimizer, LowRankOptimizer)
-        return optimizer
-
-    @property
-    def network(self) -> nn.Module:
-        """The model without a wrapper."""
-        assert isinstance(self.model, nn.Module)
-        return self.model
+        self.add_callback(self.faults)
 
     @property
     def tokens_per_step(self) -> int:
@@ -102,10 +98,21 @@ class PretrainTrainer(Trainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         if created:
             check_optimizer(optimizer, self.config, self.network)
-            if self.config.gradient != "full":
+            if self._norm_is_ours():
                 # The Trainer's own way to clip sees none of the gradients that were taken in backward.
                 self.accelerator.clip_grad_norm_ = self._clip_fused
+            if self._is_sharded():
+                # Else it would wrap a model that is divided already.
+                self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
+            elif self.processes.size > 1:
+                self.traffic = reduce_before_wrapping(self.config, self.network, self.low_rank_optimizer)
         return optimizer
+
+    def _norm_is_ours(self) -> bool:
+        if self.config.gradient != "full":
+            return True
+        wrapped = self.processes.size > 1 and not self._is_sharded()
+        return wrapped and reduction(self.config, self.low_rank_optimizer) == "projected"
 
     def _clip_fused(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         optimizer = self.low_rank_optimizer
@@ -113,17 +120,46 @@ class PretrainTrainer(Trainer):
         self._norm_is_exact = norm.exact
         return torch.tensor(norm.value)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; see `transformers.Trainer`."""
+        self._draws_from = resume_from_checkpoint if isinstance(self.train_dataset, StreamedDataset) else None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Fetch the batches of a step; of a stream that is continued, the first ones without a trace."""
+        batches = super().get_batch_samples(*args, **kwargs)
+        if self._draws_from is not None:
+            # The loader drew a number when it was started, which in the run of the checkpoint it did at step 0.
+            self._load_rng_state(self._draws_from)
+            self._draws_from = None
+        return batches
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Train on one batch, and add its part to the loss of the step."""
+        loss = super().training_step(*args, **kwargs)
+        self.step_loss = self.step_loss + loss
+        return loss
+
+    def take_step_loss(self) -> float:
+        """Return the loss of the step on this process, and begin the next."""
+        loss, self.step_loss = float(self.step_loss), 0.0
+        return loss
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add tokens, speed, memory and perplexity to what the Trainer logs."""
         if "loss" in logs:
+            self._tr_loss.zero_()  # the Trainer subtracts it from itself, which leaves NaN of NaN
             tokens = self.state.global_step * self.tokens_per_step
             logs["tokens"] = tokens
             logs["tokens_per_second"] = tokens / self.seconds if self.seconds else 0.0
             logs["peak_memory_bytes"] = peak_memory_bytes()
             logs["skipped_steps"] = self.low_rank_optimizer.skipped_steps
+            logs["bad_steps"], logs["spikes"] = self.faults.bad_steps, self.faults.spikes
             if ranks := varying_ranks(self.low_rank_optimizer):
                 logs["mean_rank"] = statistics.fmean(ranks.values())
-            if self.config.gradient != "full":
+            if self.traffic is not None:
+                logs["reduced_bytes"] = self.traffic.total.total()
+            if self._norm_is_ours():
                 logs["grad_norm_exact"] = self._norm_is_exact
         if "eval_loss" in logs:
             logs["eval_perplexity"] = perplexity(logs["eval_loss"])
@@ -135,70 +171,80 @@ class PretrainTrainer(Trainer):
         """Return the loss, computed in chunks where that is asked for."""
         if not self.config.chunked_loss:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with self.accelerator.autocast():  # which is around the model's own forward only
-            assert isinstance(self.network, PreTrainedModel)
-            loss = chunked_loss(self.network, inputs["input_ids"], inputs["labels"], num_items_in_batch)
+        network = self.network
+        assert isinstance(network, PreTrainedModel)
+
+        def loss_of(*args: Any, **kwargs: Any) -> torch.Tensor:
+            with self.accelerator.autocast():  # which is around the model's own forward only
+                return chunked_loss(network, inputs["input_ids"], inputs["labels"], num_items_in_batch)
+
+        if model is network:
+            loss = loss_of()
+        else:
+            # A wrapper has to see the pass begin, so it calls this in place of the model's forward.
+            before = vars(network).get("forward")
+            network.forward = loss_of
+            try:
+                loss = model()
+            finally:
+                del network.forward
+                if before is not None:
+                    network.forward = before
+        if num_items_in_batch is not None:
+            # Divided by the tokens of all processes, whose gradients are averaged.
+            loss = loss * self.processes.size
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Return this process's share of the batches: as many for each, the missing ones filled up with the first."""
+        dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        batches = list(range(0, len(dataset), self.config.batch_size))
+        starts = batches + batches[:1] * (-len(batches) % self.processes.size)
+        own = [
+            range(start, min(start + self.config.batch_size, len(dataset)))
+            for start in starts[self.processes.rank :: self.processes.size]
+        ]
+        return DataLoader(dataset, batch_sampler=own, collate_fn=self.data_collator)  # type: ignore[arg-type]
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Return the mean loss over the sequences.
+
+        The batches are the same and summed up in the same order however many processes share them, so that equal
+        weights give the same number. The Trainer would count sequences twice where the processes' shares are uneven.
+        """
+        size, rank = self.processes.size, self.processes.rank
+        count = len(dataloader.dataset)  # type: ignore[arg-type]
+        sums = [0.0] * -(-count // self.config.batch_size)
+        self.network.eval()
+        with torch.no_grad():
+            losses = []
+            for batch in dataloader:
+                inputs = self._prepare_inputs(batch)
+                with self.compute_loss_context_manager():
+                    losses.append(self.compute_loss(self.network, inputs) * len(inputs["input_ids"]))
+        # The last ones may be there only so that all processes have as many.
+        own = range(rank, len(sums), size)
+        for index, loss in zip(own, torch.stack(losses).double().tolist(), strict=False):
+            sums[index] = loss
+        return EvalLoopOutput(
+            predictions=(),  # type: ignore[arg-type]
+            label_ids=None,
+            metrics={f"{metric_key_prefix}_loss": math.fsum(self.processes.sums(*sums)) / count},
+            num_samples=count,
+        )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate, outside the seconds that count as training."""
         metrics = super().evaluate(*args, **kwargs)
         self._mark = time.perf_counter()
         return metrics
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return os.path.join(folder, STAGING) if self._staging else folder
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Load the weights as transformers loads a model: the Trainer itself takes the names in the files for its own.
-
-        A mixture of experts is saved under other names than it has in memory; the Trainer warns of missing keys, and
-        goes on with the initial weights of its experts.
-        """
-        target = self.network if model is None else model
-        dtype = next(target.parameters()).dtype
-        saved = build_model(str(resume_from_checkpoint), seq_len=self.config.seq_len, dtype=dtype).state_dict()
-        if self.config.weight_storage == "int8":
-            steps = Path(resume_from_checkpoint) / STEPS_FILE
-            if not steps.exists():
-                raise FileNotFoundError(f"{steps} is missing: without it the weights are not those of the run.")
-            saved |= load_file(steps)
-        target.load_state_dict(saved)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Save the model as an ordinary one, and what turns its matrices back into int8 beside it."""
-        state_dict = dict(self.network.state_dict() if state_dict is None else state_dict)
-        steps = {name: state_dict.pop(name) for name in list(state_dict) if name.endswith(f".weight{STEPS}")}
-        super()._save(output_dir, state_dict)
-        if steps:
-            save_file(steps, Path(output_dir or str(self.args.output_dir)) / STEPS_FILE)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write the checkpoint into a folder that is never resumed from, and rename it when it is complete."""
-        run = Path(str(self.args.output_dir))
-        shutil.rmtree(run / STAGING, ignore_errors=True)
-        self._staging = True
-        # Off only while training; who loads the checkpoint generates with a cache.
-        config = getattr(self.network, "config", None)
-        if config is not None:
-            config.use_cache = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = False
-            if config is not None:
-                config.use_cache = False
-        name = f"checkpoint-{self.state.global_step}"
-        write_text(run / STAGING / name / PROGRESS_FILE, json.dumps(self.snapshot()))
-        if (run / name).exists():
-            shutil.rmtree(run / name)
-        os.replace(run / STAGING / name, run / name)
-        shutil.rmtree(run / STAGING)
-        saved = sorted((int(match[1]), path) for path in run.iterdir() if (match := CHECKPOINT.fullmatch(path.name)))
-        for _, path in saved[: -self.config.keep_checkpoints]:
-            shutil.rmtree(path)
-        self._mark = time.perf_counter()
 
     def snapshot(self) -> dict[str, Any]:
         """Return what `PROGRESS_FILE` holds for the step that is reached."""
@@ -212,6 +258,8 @@ class PretrainTrainer(Trainer):
             "state_bytes": self.low_rank_optimizer.state_bytes(),
             "planned_state_bytes": self.low_rank_optimizer.planned_state_bytes(),
             "gradient_bytes": self.gradient_bytes,
+            "faults": self.faults.snapshot(),
+            "reduced_bytes": dict(self.traffic.total) if self.traffic is not None else {},
             "stream": data.state_at(sequences) if isinstance(data, StreamedDataset) else None,
         }
 
@@ -226,12 +274,24 @@ class _Bookkeeping(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
-        if (progress := trainer.progress) is not None:
+        progress, processes = trainer.progress, trainer.processes
+        sums = [] if progress is None else progress.get("loss_sums", [progress["loss_sum"]])
+        if processes.rank or (progress is not None and len(sums) != processes.size):
+            # Else dropout would be the same everywhere. A generator that the checkpoint holds is restored after this.
+            generator = seeded_generator(trainer.config.seed, "process", processes.rank, state.global_step)
+            torch.manual_seed(generator.initial_seed())
+        if isinstance(ddp := trainer.model_wrapped, DistributedDataParallel):
+            trainer.traffic = reduce_after_wrapping(trainer.config, ddp, trainer.low_rank_optimizer, trainer.traffic)
+        if progress is not None:
+            if trainer.traffic is not None:
+                trainer.traffic.total.update(progress["reduced_bytes"])
             # Without these two the first loss that is logged after resuming would be the mean over fewer steps.
-            trainer._tr_loss = torch.tensor(progress["loss_sum"], device=args.device)
+            own = sums[args.process_index] if len(sums) == args.world_size else statistics.fmean(sums)
+            trainer._tr_loss = torch.tensor(own, device=args.device)
             trainer._globalstep_last_logged = progress["last_logged_step"]
             trainer.seconds = progress["seconds"]
             trainer.low_rank_optimizer.skipped_steps = progress["skipped_steps"]
+            trainer.faults.load(progress["faults"])
             # The state of the checkpoint holds the intervals of the run that wrote it.
             state.compute_steps(args, state.max_steps)
         trainer._mark = time.perf_counter()

@@ -1,0 +1,3 @@
+from tests.train.conftest import cache
+
+__all__ = ["cache"]

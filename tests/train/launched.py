@@ -1,0 +1,139 @@
+"""What test_launch.py lets torchrun start: runs one after the other in two processes, since a start costs seconds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from subspan.train import data
+from subspan.train.trainer import PretrainTrainer
+from tests.train.micro import Killed, run, settings, stop_after
+
+RANK = int(os.environ.get("RANK", "0"))
+#: 42 held-out sequences: 11 batches of 4 for 2 processes, the last one of 2.
+UNEVEN = {"eval_batches": 11}
+STREAM = {"grad_accumulation": 2}
+#: Ways to share the work, each with the run of one process that it has to follow.
+WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "projected": ({"max_grad_norm": 0.0}, {"max_grad_norm": 0.0, "grad_accumulation": 2}),
+    "slots": ({"gradient": "projected"}, {"gradient": "projected", "grad_accumulation": 2}),
+    "divided": ({"shard": "full", "method": "fira"}, {"method": "fira", "grad_accumulation": 2}),
+    "bases": ({"shard": "bases"}, {"grad_accumulation": 2}),
+}
+
+
+def record_sequences(patch: pytest.MonkeyPatch, file: Path) -> None:
+    """Write down what is trained on: a line with the digests of its sequences for each pass."""
+    original = PretrainTrainer.training_step
+
+    def training_step(self: PretrainTrainer, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with file.open("a") as lines:
+            digests = [hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16] for ids in inputs["input_ids"]]
+            lines.write(json.dumps([self.state.global_step, digests]) + "\n")
+        return original(self, model, inputs, *args, **kwargs)
+
+    patch.setattr(PretrainTrainer, "training_step", training_step)
+
+
+def stream(folder: Path, patch: pytest.MonkeyPatch, **changes: Any) -> dict[str, Any]:
+    """Settings of a run over a stream, of a model whose dropout needs random numbers."""
+    patch.setattr(data, "BLOCK_DOCUMENTS", 20)
+    return STREAM | {"model": str(folder / "dropout.json"), "data": f"hf:{folder / 'set'}"} | changes
+
+
+def poison(patch: pytest.MonkeyPatch, steps: range) -> None:
+    """Give one process a loss that is not finite."""
+    original = PretrainTrainer.compute_loss
+
+    def compute_loss(self: PretrainTrainer, *args: Any, **kwargs: Any) -> Any:
+        loss = original(self, *args, **kwargs)
+        bad = self.processes.rank == 1 and self.network.training and self.state.global_step in steps
+        return loss * float("nan") if bad else loss
+
+    patch.setattr(PretrainTrainer, "compute_loss", compute_loss)
+
+
+def refused(folder: Path, **changes: Any) -> str:
+    try:
+        run(folder, **changes)
+    except (ValueError, OSError, FloatingPointError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "not refused"
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    answers: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        record_sequences(patch, folder / f"packed-{RANK}.jsonl")
+        summary = run(folder, output=str(folder / "two"), **UNEVEN)
+        answers["eval_loss"] = summary.eval_loss
+    run(folder, output=str(folder / "again"), **UNEVEN)
+
+    for name, changes in (("cut", UNEVEN), ("fewer", UNEVEN)):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            stop_after(patch, 7)
+            run(folder, output=str(folder / name), **changes)
+    run(folder, output=str(folder / "cut"), resume="auto", **UNEVEN)
+    run(folder, output=str(folder / "more"), resume="auto", **UNEVEN, batch_size=8)
+
+    with pytest.MonkeyPatch.context() as patch:
+        record_sequences(patch, folder / f"streamed-{RANK}.jsonl")
+        run(folder, **stream(folder, patch, output=str(folder / "stream")))
+    with pytest.MonkeyPatch.context() as patch:
+        changes = stream(folder, patch, output=str(folder / "stream-cut"))
+        with patch.context() as inner, pytest.raises(Killed):
+            stop_after(inner, 7)
+            run(folder, **changes)
+        run(folder, **changes, resume="auto")
+
+    for name, (changes, _) in WAYS.items():
+        run(folder, output=str(folder / name), **changes)
+    for name in ("bases-cut", "bases-fewer"):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            stop_after(patch, 7)
+            run(folder, output=str(folder / name), shard="bases")
+    run(folder, output=str(folder / "bases-cut"), shard="bases", resume="auto")
+
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, range(5, 7))
+        run(folder, output=str(folder / "poisoned"), optimizer={"update_proj_gap": 5})
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, range(5, 100))
+        answers["diverged"] = refused(folder, output=str(folder / "diverged"), max_bad_steps=3)
+    answers["checkpoints"] = sorted(path.name for path in (folder / "diverged").glob("checkpoint-*"))
+    run(folder, output=str(folder / "chunked"), chunked_loss=True, grad_accumulation=2)
+
+    answers["settings"] = refused(folder, output=str(folder / "other"), weight_decay=0.1 * RANK)
+    answers["folder"] = refused(folder, output="/proc/nowhere")
+    answers["taken"] = refused(folder, output=str(folder / "two"))
+    answers["batch"] = refused(folder, output=str(folder / "odd"), resume="auto", **UNEVEN, batch_size=3)
+    answers["backward"] = refused(folder, output=str(folder / "no"), method="fira", gradient="fused", max_grad_norm=0.0)
+    answers["group"] = dist.is_initialized()
+    (folder / f"answers-{RANK}.json").write_text(json.dumps(answers))
+
+
+def prepare(folder: Path) -> None:
+    """What the processes find: data, models, and runs of a single process that were killed."""
+    settings(folder)
+    (folder / "set").mkdir()
+    shutil.copy(folder / "text.jsonl", folder / "set" / "train.jsonl")
+    model = json.loads((folder / "model.json").read_text())
+    (folder / "dropout.json").write_text(json.dumps(model | {"attention_dropout": 0.2}))
+    for name, changes in (("more", {"batch_size": 8}), ("odd", {"batch_size": 3})):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            stop_after(patch, 7)
+            run(folder, output=str(folder / name), **UNEVEN | changes)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
