@@ -125,7 +125,7 @@ class DividedOperator(MatrixOperator):
         A warning says so, once.
         """
         warnings.warn(
-            "a matrix that is divided over processes is gathered as a whole on each of them; of the finders of subspaces "
+            "a matrix that is divided over processes is gathered as a whole on each of them; of all finders "
             "the exact SVD needs that, the randomised one does not (shown once)",
             RuntimeWarning,
             stacklevel=2,
