@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from subspan.memory.trace import Timeline
 from subspan.optim import LowRankOptimizer
+from subspan.optim.shards import local
 from subspan.state import held
 
 #: What `PeakPlan` divides memory into.
@@ -71,7 +72,7 @@ def plan(model: nn.Module, optimizer: LowRankOptimizer, micro_batches: int = 1) 
     """
     tensors = [*model.parameters(), *model.buffers()]
     return MemoryPlan(
-        weights=sum(part.numel() * part.itemsize for tensor in tensors for part in held(tensor)),
+        weights=sum(part.numel() * part.itemsize for tensor in tensors for part in held(local(tensor))),
         gradients=optimizer.planned_gradient_bytes(micro_batches),
         state=optimizer.planned_state_bytes(),
     )
