@@ -104,8 +104,8 @@ class Processes:
             try:
                 answer[0] = function()
             except Exception as error:
-                # The others get its kind and its words, not the object: that may hold what cannot travel, and some kinds
-                # (UnicodeDecodeError) are not made of words alone.
+                # The others get its kind and its words, not the object: that may hold what cannot travel. And of a kind
+                # that is made of words alone, which UnicodeDecodeError is not.
                 kinds = (FileNotFoundError, ConnectionError, OSError, ValueError)
                 kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
                 answer[1] = (kind, str(error))
