@@ -70,7 +70,7 @@ def record_bytes(patch: pytest.MonkeyPatch, memory: list[MemoryPlan]) -> None:
     original = pretrain.show_end
 
     def show_end(console: Any, summary: Any, planned: MemoryPlan, measured: MemoryPlan, *args: Any) -> None:
-        memory += [planned, measured]
+        memory.extend([planned, measured])
         original(console, summary, planned, measured, *args)
 
     patch.setattr(pretrain, "show_end", show_end)
@@ -112,7 +112,7 @@ def main(folder: Path) -> None:
 
     for name, (changes, _) in WAYS.items():
         with pytest.MonkeyPatch.context() as patch:
-            record_bytes(patch, memory := answers.setdefault("memory", {}).setdefault(name, []))
+            record_bytes(patch, answers.setdefault("memory", {}).setdefault(name, []))
             run(folder, output=str(folder / name), **changes)
     for name in ("bases-cut", "bases-fewer"):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):

@@ -60,12 +60,10 @@ def check_reduction(config: PretrainConfig, optimizer: LowRankOptimizer, process
             "leave reduce out."
         )
     if config.weight_storage == "int8" and config.gradient == "full" and config.shard == "none":
-        instead = (
-            "--gradient projected or fused, or --weight_storage float" if optimizer.folds else "--weight_storage float"
-        )
+        instead = "--gradient projected or fused, or " if optimizer.folds else ""
         raise ValueError(
             "weight_storage is 'int8' and gradient is 'full', but with several processes DDP cannot reduce the whole "
-            f"gradients of such weights: give {instead}."
+            f"gradients of such weights: give {instead}--weight_storage float."
         )
     if config.shard != "none":
         for name, allowed in (("gradient", "full"), ("weight_storage", "float")):
