@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from subspan.memory import MemoryPlan
+from subspan.train import pretrain
+from subspan.train.processes import join
 from subspan.train.trainer import PretrainTrainer
 from tests.train.micro import Killed, run, settings, stop_after
 
@@ -25,7 +29,7 @@ STREAM = {"grad_accumulation": 2}
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "projected": ({"max_grad_norm": 0.0}, {"max_grad_norm": 0.0, "grad_accumulation": 2}),
     "slots": ({"gradient": "projected"}, {"gradient": "projected", "grad_accumulation": 2}),
-    "divided": ({"shard": "full", "method": "fira"}, {"method": "fira", "grad_accumulation": 2}),
+    "divided": ({"shard": "full", "method": "fira", "chunked_loss": True}, {"method": "fira", "grad_accumulation": 2}),
     "bases": ({"shard": "bases"}, {"grad_accumulation": 2}),
 }
 
@@ -59,6 +63,17 @@ def poison(patch: pytest.MonkeyPatch, steps: range) -> None:
         return loss * float("nan") if bad else loss
 
     patch.setattr(PretrainTrainer, "compute_loss", compute_loss)
+
+
+def record_bytes(patch: pytest.MonkeyPatch, memory: list[MemoryPlan]) -> None:
+    """Keep the bytes that the first process shows at the end, planned and measured."""
+    original = pretrain.show_end
+
+    def show_end(console: Any, summary: Any, planned: MemoryPlan, measured: MemoryPlan, *args: Any) -> None:
+        memory.extend([planned, measured])
+        original(console, summary, planned, measured, *args)
+
+    patch.setattr(pretrain, "show_end", show_end)
 
 
 def refused(folder: Path, **changes: Any) -> str:
@@ -96,7 +111,9 @@ def main(folder: Path) -> None:
         run(folder, **changes, resume="auto")
 
     for name, (changes, _) in WAYS.items():
-        run(folder, output=str(folder / name), **changes)
+        with pytest.MonkeyPatch.context() as patch:
+            record_bytes(patch, answers.setdefault("memory", {}).setdefault(name, []))
+            run(folder, output=str(folder / name), **changes)
     for name in ("bases-cut", "bases-fewer"):
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             stop_after(patch, 7)
@@ -117,8 +134,15 @@ def main(folder: Path) -> None:
     answers["taken"] = refused(folder, output=str(folder / "two"))
     answers["batch"] = refused(folder, output=str(folder / "odd"), resume="auto", **UNEVEN, batch_size=3)
     answers["backward"] = refused(folder, output=str(folder / "no"), method="fira", gradient="fused", max_grad_norm=0.0)
+    with join(2.0) as processes:
+        processes.first_then_all(lambda: time.sleep(3.0 * RANK))  # longer than they wait elsewhere
+        answers["patience"] = processes.gather(RANK)
+        try:
+            processes.from_first(lambda: b"\xff".decode())
+        except ValueError as error:
+            answers["words"] = str(error)
     answers["group"] = dist.is_initialized()
-    (folder / f"answers-{RANK}.json").write_text(json.dumps(answers))
+    (folder / f"answers-{RANK}.json").write_text(json.dumps(answers, default=vars))
 
 
 def prepare(folder: Path) -> None:

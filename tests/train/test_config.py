@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from subspan.train.config import PretrainConfig, differences, read_config, write_text
+from subspan.train.shard import launch_settings
 
 
 def test_yaml_and_back(tmp_path: Path) -> None:
@@ -68,3 +69,19 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     write_text(tmp_path / "new" / "a.txt", "two")
     assert (tmp_path / "new" / "a.txt").read_text() == "two"
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float32", "amp"), ("bfloat16", "bfloat16"), ("amp", "amp")])
+def test_what_accelerate_asks_for_is_a_setting(monkeypatch: pytest.MonkeyPatch, dtype: Any, expected: str) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    config = launch_settings(PretrainConfig(dtype=dtype))
+    assert (config.dtype, config.shard) == (expected, "full")
+    # Nobody else reads them, in this run or the next.
+    assert launch_settings(PretrainConfig(dtype=dtype)) == PretrainConfig(dtype=dtype)
+
+
+def test_a_precision_of_accelerate_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="mixed_precision of accelerate is 'fp16', which subspan does not have"):
+        launch_settings(PretrainConfig())

@@ -160,6 +160,7 @@ def test_settings_that_cannot_be_honoured(tmp_path: Path, changes: dict[str, Any
             {"gradient": "projected", "shard": "full"},
             "gradient is 'projected', but with shard 'full' it must be 'full'",
         ),
+        ({"method": "q_galore"}, "DDP cannot reduce the whole gradients .* --gradient projected or fused, or --weight"),
         ({"method": "q_galore", "shard": "full"}, "weight_storage is 'int8', but with shard 'full' it must be 'float'"),
         ({"shard": "full", "reduce": "power_sgd"}, "reduce is 'power_sgd', but with shard 'full'"),
     ],

@@ -144,6 +144,15 @@ def test_every_way_to_share_the_work_gives_the_same_losses(folder: Path, way: st
     assert_close(folder / way, folder / f"{way}-alone")
 
 
+@pytest.mark.parametrize("way", ["divided", "bases"])
+def test_planned_bytes_are_those_of_this_process(way: str, answers: list[dict[str, Any]]) -> None:
+    planned, measured = answers[0]["memory"][way]
+    assert planned == measured
+    whole, buffers = 4 * 39_840, 64
+    assert (planned["weights"], planned["gradients"]) == (whole // 2 + buffers, whole // 2)
+    assert not answers[1]["memory"][way]
+
+
 def test_bytes_that_are_reduced(folder: Path) -> None:
     def between_refreshes(name: str) -> int:
         # Staggered refreshes of all matrices are in the steps 2 to 6, and 7 to 11.
@@ -208,6 +217,15 @@ def test_what_is_refused_is_refused_everywhere(answers: list[dict[str, Any]]) ->
         assert "already holds a run" in answer["taken"]
         assert "cannot update in backward" in answer["backward"]
         assert answer["group"] is False
+
+
+def test_the_first_process_waits_while_the_others_load(answers: list[dict[str, Any]]) -> None:
+    assert [answer["patience"] for answer in answers] == [[0, 1], [0, 1]]
+
+
+def test_what_the_first_process_raises_is_raised_in_all(answers: list[dict[str, Any]]) -> None:
+    assert answers[0]["words"] == answers[1]["words"]
+    assert "can't decode byte 0xff" in answers[0]["words"]
 
 
 def test_a_worker_that_dies_is_restarted(tmp_path: Path) -> None:

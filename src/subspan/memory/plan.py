@@ -74,7 +74,7 @@ def plan(model: nn.Module, optimizer: LowRankOptimizer, micro_batches: int = 1) 
     """
     tensors = map(local, [*model.parameters(), *model.buffers()])
     return MemoryPlan(
-        weights=sum(part.numel() * part.itemsize for tensor in tensors for part in held(tensor)),
+        weights=sum(part.numel() * part.itemsize for tensor in tensors for part in held(local(tensor))),
         gradients=optimizer.planned_gradient_bytes(micro_batches),
         state=optimizer.planned_state_bytes(),
     )

@@ -250,7 +250,9 @@ class LowRankOptimizer(Executor):
     def gradient_bytes(self) -> int:
         """Bytes of gradients that are allocated now, whole ones and what was folded of them."""
         tensors = [parameter.grad for parameter in self._with_grad()] + self.folded_tensors()
-        return sum(local(tensor).untyped_storage().nbytes() for tensor in tensors if tensor is not None)
+        # Of parameters that fully_shard has divided together, gradients are pieces of one storage.
+        storages = [local(tensor).untyped_storage() for tensor in tensors if tensor is not None]
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
     def folded_tensors(self) -> list[Tensor]:
         """What is held of gradients that are not in ``.grad``: projections and sketches, in no order."""

@@ -192,6 +192,8 @@ def _pretrain(
     show_end(console, summary, planned, measured, sample, picture)
     if measure is not None and measure.measured is not None:
         show_peaks(console, peaks, measure.measured)
+        if processes.size > 1:
+            console.print("The plan is that of one process: a whole model, and none of the buckets of DDP or FSDP.")
     return summary
 
 

@@ -104,9 +104,11 @@ class Processes:
             try:
                 answer[0] = function()
             except Exception as error:
-                # The others get its kind and its words, not the object: that may hold what cannot travel.
-                kind = type(error) if isinstance(error, ValueError | OSError) else RuntimeError
-                answer[1] = (FileNotFoundError if isinstance(error, FileNotFoundError) else kind, str(error))
+                # The others get its kind and its words, not the object: that may hold what cannot travel. And of a kind
+                # that is made of words alone, which UnicodeDecodeError is not.
+                kinds = (FileNotFoundError, ConnectionError, OSError, ValueError)
+                kind = next((kind for kind in kinds if isinstance(error, kind)), RuntimeError)
+                answer[1] = (kind, str(error))
                 dist.broadcast_object_list(answer, src=0, group=group)
                 raise
         dist.broadcast_object_list(answer, src=0, group=group)
@@ -116,10 +118,17 @@ class Processes:
         return answer[0]
 
     def first_then_all(self, function: Callable[[], T]) -> T:
-        """Call a function in the first process, then in the others, which find what it left in caches."""
+        """Call a function in the first process, then in the others, which find what it left in caches.
+
+        Nobody goes on before all are done: what no cache holds takes the others as long.
+        """
         result: list[T] = []
         self._from_first(lambda: result.append(function()), self.patient_group)
-        return result[0] if self.first else function()
+        if not self.first:
+            result.append(function())
+        if self.size > 1:
+            dist.barrier(group=self.patient_group)
+        return result[0]
 
     def agree(self, what: str, value: str) -> None:
         """Check that a text is the same in all processes.

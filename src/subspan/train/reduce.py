@@ -59,6 +59,12 @@ def check_reduction(config: PretrainConfig, optimizer: LowRankOptimizer, process
             f"reduce is {config.reduce!r}, but with gradient {config.gradient!r} there are only projections to reduce: "
             "leave reduce out."
         )
+    if config.weight_storage == "int8" and config.gradient == "full" and config.shard == "none":
+        instead = "--gradient projected or fused, or " if optimizer.folds else ""
+        raise ValueError(
+            "weight_storage is 'int8' and gradient is 'full', but with several processes DDP cannot reduce the whole "
+            f"gradients of such weights: give {instead}--weight_storage float."
+        )
     if config.shard != "none":
         for name, allowed in (("gradient", "full"), ("weight_storage", "float"), ("measure_memory", False)):
             if (value := getattr(config, name)) not in (None, allowed):

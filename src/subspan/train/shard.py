@@ -19,10 +19,23 @@ def launch_settings(config: PretrainConfig) -> PretrainConfig:
     """Return the settings with what ``accelerate launch`` asks for in the environment.
 
     ``--use_fsdp`` is ``--shard full``: subspan divides the model itself, in the same way on every device, and
-    accelerate is told so. (Its own FSDP does nothing on CPUs, without a word.)
+    accelerate is told so. (Its own FSDP does nothing on CPUs, without a word.) ``--mixed_precision bf16`` is ``--dtype
+    amp``, and so it stands in the settings of the run.
+
+    Raises:
+        ValueError: a mixed precision that subspan does not have.
     """
     if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true" and config.shard == "none":
-        return dataclasses.replace(config, shard="full")
+        config = dataclasses.replace(config, shard="full")
+    # Else transformers would take it from there, whatever the settings say.
+    precision = os.environ.pop("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision not in ("no", "bf16"):
+        raise ValueError(
+            f"mixed_precision of accelerate is {precision!r}, which subspan does not have: give accelerate launch "
+            "--mixed_precision no (or bf16, which is --dtype amp)."
+        )
+    if precision == "bf16" and config.dtype == "float32":
+        config = dataclasses.replace(config, dtype="amp")
     return config
 
 

@@ -13,6 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -89,6 +90,8 @@ def measured_bytes(model: nn.Module, gradients: int, state: dict[str, int]) -> M
         gradients: bytes seen before an optimizer step.
         state: allocated optimizer state by key.
     """
+    if isinstance(model, FSDPModule):
+        model.reshard()  # the last forward pass has left the outermost parameters whole
     whole = [*model.parameters(), *model.buffers()]
     own = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in whole]
     tensors = [part for tensor in own for part in held(tensor)]

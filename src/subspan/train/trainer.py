@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -178,10 +179,10 @@ class PretrainTrainer(SavingTrainer):
             with self.accelerator.autocast():  # which is around the model's own forward only
                 return chunked_loss(network, inputs["input_ids"], inputs["labels"], num_items_in_batch)
 
-        if model is network:
+        if model is network and not isinstance(network, FSDPModule):
             loss = loss_of()
         else:
-            # A wrapper has to see the pass begin, so it calls this in place of the model's forward.
+            # A wrapper, or FSDP's hooks, must see the pass begin, so they call this in place of the model's forward.
             before = vars(network).get("forward")
             network.forward = loss_of
             try:
