@@ -15,6 +15,7 @@ def show_checkpoints(console: Console, described: list[dict[str, Any]]) -> None:
     """Print a line for each checkpoint."""
     table = Table("checkpoint", "step", "method", "rank", "eval loss", "bytes", "layout", "state", box=None)
     table.header_style = "bold"
+    table.columns[0].overflow = "fold"  # its end is what tells them apart
     for entry in described:
         loss = entry.get("eval_loss")
         state = "[green]whole[/]" if entry["ok"] else f"[red]{escape('; '.join(entry['problems']))}[/]"
