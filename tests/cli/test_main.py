@@ -40,8 +40,10 @@ def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
 
     status, out, _ = command("methods", capsys=capsys)
     assert status == 0
-    first_words = [line.split()[0] for line in out.splitlines() if not line.startswith(" ")]
+    table, left_out = out.split("\n\n")
+    first_words = [line.split()[0] for line in table.splitlines() if not line.startswith(" ")]
     assert first_words == ["method", *list_methods()]
+    assert "galore_8bit: moments='8bit' has blocks" in left_out
 
 
 @pytest.mark.parametrize("name", ["pretrain", "sweep"])

@@ -15,6 +15,8 @@ from subspan.train.plan_settings import PlanSettings, parse_bytes
 from tests.cli.test_main import command
 from tests.train.micro import write_model
 
+SHARDED = ["--world_size", "2", "--shard", "full"]
+
 
 @pytest.fixture
 def model(tmp_path: Path) -> str:
@@ -130,6 +132,12 @@ def test_checkpointing_and_mixed_precision_change_the_plan(model: str, capsys: p
         (["--budget", "much"], "budget is 'much'; give a size such as 24GiB"),
         (["--batch_size", "0"], "batch_size is 0; it must be at least 1."),
         (["--optimizer.rho", "1"], "rho"),
+        (["--shard", "full"], "shard is 'full', but there is one process: give --world_size 2 or more."),
+        (["--world_size", "0"], "world_size is 0; it must be at least 1."),
+        ([*SHARDED, "--method", "galore_8bit"], "moments='8bit' has blocks that do not keep to the pieces"),
+        ([*SHARDED, "--method", "lora"], "'lora': planned with whole models alone"),
+        ([*SHARDED, "--method", "q_galore"], "weight_storage is 'int8', but with shard 'full'"),
+        ([*SHARDED, "--gradient", "projected"], "gradient is 'projected', but with shard 'full'"),
         (["--method", "adamw", "--solve", "rank"], "solve is 'rank', but 'adamw' has none"),
     ],
 )
@@ -138,6 +146,41 @@ def test_what_cannot_be_planned(arguments: list[str], message: str, capsys: pyte
     assert status == 1
     assert message in err
     assert "Traceback" not in err
+
+
+def test_divided_over_processes(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--model", model, "--rank", "8", "--seq_len", "16"]
+    alone = planned(*given, capsys=capsys)
+    compare = ["--compare", "adamw,adamw_torch,galore_8bit"]
+    shared = ["--world_size", "4", "--shard", "bases", "--output", str(tmp_path / "plan")]
+    status, out, err = command("plan", *given, *shared, *compare, capsys=capsys)
+    assert status == 0, err
+    for words in ("one of 4 processes", "bases whole", "bases divided", "weights gathered", "block by block"):
+        assert words in " ".join(out.split())
+    found = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    assert [entry["method"] for entry in found["compared"]] == ["adamw"]
+    assert list(found["left_out"]) == ["adamw_torch", "galore_8bit"]
+    assert found["processes"]["alone"] == sum(alone["bytes"][kind] for kind in ("moments", "bases", "other state"))
+    whole, divided = found["processes"]["layouts"].values()
+    assert sum(found["bytes"][kind] for kind in ("moments", "bases", "other state")) == sum(divided["state"].values())
+    assert sum(divided["state"].values()) < sum(whole["state"].values())
+    added = set(divided["step"].items()) ^ set(whole["step"].items())
+    assert {name for name, _ in added} == {"optimizer: gathered"}
+    assert 4 * found["bytes"]["weights"] == pytest.approx(alone["bytes"]["weights"], rel=0.01)
+
+
+def test_copied_by_ddp(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--model", model, "--rank", "8", "--seq_len", "16", "--world_size", "2"]
+    found = planned(*given, "--compare", "fira,adamw_torch", capsys=capsys)
+    assert found["bytes"]["buffers"] == found["bytes"]["gradients"] == 4 * found["parameters"]
+    whole, projected = found["processes"]["layouts"].values()
+    assert whole["step"] == {"gradients all-reduced": 4 * found["parameters"]}
+    assert sum(projected["step"].values()) < sum(whole["step"].values())
+    fira, adamw = found["compared"]
+    assert list(fira["processes"]["layouts"]) == ["gradients whole"] and "processes" not in adamw
+    folded = planned(*given, "--gradient", "projected", capsys=capsys)
+    assert list(folded["processes"]["layouts"]) == ["gradients projected"]
+    assert folded["bytes"]["buffers"] < found["bytes"]["buffers"]
 
 
 def test_a_budget_that_nothing_fits(model: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import runpy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from subspan.linalg import division
-from subspan.optim import GaLore, LowRankOptimizer, create_optimizer
+from subspan.linalg import Division, division
+from subspan.optim import GaLore, LowRankOptimizer, buckets, create_optimizer
+from subspan.optim.method import Geometry
+from subspan.optim.sharding import agreed
+from subspan.optim.shards import Shards
 
 STEPS, GAP = 50, 10
 KINDS = ("above", "below")
@@ -132,11 +137,11 @@ def worker(rank: int, shape: tuple[int, ...], folder: str) -> None:
 @pytest.mark.parametrize("shape", [(1,), (2,), (4,), (2, 2)], ids=lambda shape: "x".join(map(str, shape)))
 def test_divided_trains_as_whole(shape: tuple[int, ...], tmp_path: Path) -> None:
     """Losses within 1e-5 in float32, 1e-2 in bfloat16, with the rank of the gradients above and below that of the
-    subspace. Below it GoLore rotates moments into rows whose second moments are zero, and divides by epsilon."""
+    subspace."""
     mp.spawn(worker, args=(shape, str(tmp_path)), nprocs=math.prod(shape))
     for (dtype, kind, case), losses in torch.load(tmp_path / "found.pt", weights_only=False).items():
         expected, _ = train(case, network(dtype), kind)
-        bound = 1e-2 if dtype == torch.bfloat16 else 1e-1 if (case, kind) == ("golore", "below") else 1e-5
+        bound = 1e-2 if dtype == torch.bfloat16 else 1e-5
         worst = max(abs(loss - other) / other for loss, other in zip(losses, expected, strict=True))
         assert worst < bound, (dtype, kind, case, worst)
 
@@ -224,6 +229,9 @@ def checks(rank: int, world: int, folder: str) -> None:
             for _ in range(2):
                 backward(right)
                 calls.clear()
+                optimizer.grad_norm()
+                assert calls == [("reduce", 1)]
+                calls.clear()
                 optimizer.step()
                 optimizer.zero_grad()
             assert calls[0] == ("reduce", 2)  # which parameters are not finite
@@ -234,6 +242,9 @@ def checks(rank: int, world: int, folder: str) -> None:
                 else [("reduce", 12)]
             )
 
+    check_small(x)
+    check_meshes(rank, world, x)
+
     # What is not possible says so.
     for settings, message in (
         ({"refresh": "late"}, "a late refresh folds gradients"),
@@ -242,7 +253,7 @@ def checks(rank: int, world: int, folder: str) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             GaLore(model, rank=6, **settings)
-    with pytest.raises(RuntimeError, match="FSDP"):
+    with pytest.raises(RuntimeError, match="fully_shard has divided"):
         GaLore(model, rank=6).fuse_into_backward()
     with pytest.raises(RuntimeError, match="too late"):
         optimizer.divide_bases()
@@ -261,6 +272,102 @@ def checks(rank: int, world: int, folder: str) -> None:
     assert early.state[plain[0].tall.weight]["basis"].placements == (Shard(0),)
     assert len(early.state) == len(by_name)
     dist.destroy_process_group()
+
+
+def check_small(x: Tensor) -> None:
+    """Three steps of what has no place in `CASES`, with a matrix of which the second process has nothing."""
+
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Conv2d(1, 7, (1, 4), padding=(0, 4))
+            self.one, self.out = nn.Linear(24, 1), nn.Linear(24, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.tanh(self.kernel(x[:, None, None, :])).mean(dim=1).flatten(1)[:, :24]
+            return self.out(x) + self.one(x)
+
+    everyone = x.clone()
+    dist.broadcast(everyone, 0)
+    small, targets = {"min_quantized": 1}, {"target_modules": ["kernel", "one", "out"]}
+    for method, divides, settings in (
+        ("scale", False, {"experts": "rows"}),
+        ("apollo", False, {"rank": 3, "store_basis": False, "proj_type": "right"}),
+        ("apollo", True, {"rank": 3, "store_basis": False, "proj_type": "right"}),
+        ("apollo", False, {"rank": 3, "store_basis": False, "proj_type": "left"}),
+        ("fira", False, {"rank": 3, "proj_type": "right", "weight_decay": 0.1}),
+        ("galore", False, {"rank": 3, "moments": "bfloat16", **small}),
+        ("galore", True, {"rank": 3, "proj_type": "right", "basis_storage": "bfloat16", **small}),
+    ):
+        found = []
+        for divide in (False, True):
+            torch.manual_seed(0)
+            model: nn.Module = Small()
+            if divide:
+                fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+            optimizer = create_optimizer(method, model, lr=1e-2, **settings, **(targets if "rank" in settings else {}))
+            if divides and divide:
+                optimizer.divide_bases()
+            for _ in range(3):
+                model(everyone).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            assert optimizer.state_bytes() == optimizer.planned_state_bytes()
+            found.append([p.full_tensor() if divide else p for p in model.parameters()])
+        for one, other in zip(*found, strict=True):
+            assert torch.allclose(one, other, atol=1e-5, rtol=1e-5), (method, divides, settings)
+
+
+def check_meshes(rank: int, world: int, x: Tensor) -> None:
+    """Parameters of two meshes agree each with those that have the other pieces."""
+    meshes = init_device_mesh("cpu", (1, world), mesh_dim_names=("alone", "all"))
+    model = nn.Sequential(nn.Linear(19, 19), nn.Linear(19, 19))
+    for layer, name in zip(model, ("alone", "all"), strict=True):
+        fully_shard(layer, mesh=meshes[name])
+    named = list(model.named_parameters())
+    assert agreed(["1.weight"] if rank == 1 else [], named) == ["1.weight"]
+    model(x).square().mean().backward()
+    norms = [float(p.grad.full_tensor().norm()) for _, p in named]
+    optimizer = GaLore(model, rank=6)
+    assert abs(float(optimizer.grad_norm().value) - math.hypot(*norms)) < 1e-6 * math.hypot(*norms)
+    optimizer.step()
+
+
+def test_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Divided matrices of one mesh are stepped together until their projected gradients are many; whole ones always."""
+    monkeypatch.setattr(buckets, "_PROJECTED", 100)
+
+    def task(name: str, mesh: str | None) -> buckets.Task:
+        shards = Shards() if mesh is None else Shards(Division("rows", 8, 20), mesh=mesh)
+        return buckets.Task(name, torch.zeros(8, 20), None, {}, Geometry((), 8, 20, 3), False, 1, {}, None, shards)
+
+    tasks = [task(name, {"a": "a", "b": "b"}.get(name[0])) for name in ("a1", "w1", "a2", "b1", "w2", "a3", "b2", "w3")]
+    found = [[one.name for one in portion] for portion in buckets.portions(tasks)]
+    assert found == [["a1", "a2"], ["w1", "w2", "w3"], ["b1", "b2"], ["a3"]]
+
+
+def test_share_of_the_state() -> None:
+    """What one of four processes will hold, by declaration: a quarter with divided bases, a little more without."""
+    with torch.device("meta"):
+        shapes = [(256, 256)] * 4 + [(256, 688), (256, 688), (688, 256)]
+        model = nn.Sequential(*(nn.Linear(*shape) for shape in shapes * 8))
+    whole = sum(GaLore(model, rank=64).planned_state_bytes().values())
+    dist.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
+        held, split = GaLore(model, rank=64), GaLore(model, rank=64)
+        split.divide_bases()
+        assert sum(held.planned_state_bytes().values()) < 0.40 * whole
+        assert sum(split.planned_state_bytes().values()) < 0.27 * whole
+    finally:
+        dist.destroy_process_group()
+
+
+def test_needs_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch may be built without what processes need."""
+    for name in ("reduce_scatter_single", "reduce_scatter_tensor", "all_gather_single", "all_gather_into_tensor"):
+        monkeypatch.delattr(dist, name, raising=False)
+    assert runpy.run_path(division.__file__)["Division"]("rows", 2, 2).m == 2
 
 
 @pytest.mark.slow  # starts processes

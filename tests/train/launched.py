@@ -14,7 +14,6 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from subspan.train import data
 from subspan.train.trainer import PretrainTrainer
 from tests.train.micro import Killed, run, settings, stop_after
 
@@ -46,7 +45,7 @@ def record_sequences(patch: pytest.MonkeyPatch, file: Path) -> None:
 
 def stream(folder: Path, patch: pytest.MonkeyPatch, **changes: Any) -> dict[str, Any]:
     """Settings of a run over a stream, of a model whose dropout needs random numbers."""
-    patch.setattr(data, "BLOCK_DOCUMENTS", 20)
+    patch.setattr("subspan.train.stream.BLOCK_DOCUMENTS", 20)
     return STREAM | {"model": str(folder / "dropout.json"), "data": f"hf:{folder / 'set'}"} | changes
 
 

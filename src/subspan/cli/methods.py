@@ -22,9 +22,16 @@ def run(arguments: Any) -> int:
 
     from subspan.optim import list_methods, method_info
 
-    table = Table("method", "paper", "arXiv", "what it does", box=None, pad_edge=False, header_style="bold")
+    table = Table("method", "paper", "arXiv", "what it does", "shards", box=None, pad_edge=False, header_style="bold")
+    whole: dict[str, list[str]] = {}
     for name in list_methods():
         info = method_info(name)
-        table.add_row(name, info.title, info.arxiv, info.summary)
-    Console().print(table)
+        table.add_row(name, info.title, info.arxiv, info.summary, "yes" if info.shards else "no")
+        if info.unshardable is not None:
+            whole.setdefault(info.unshardable, []).append(name)
+    console = Console()
+    console.print(table)
+    console.print("\nshards: trains what fully_shard has divided, with its default settings. Not so:", highlight=False)
+    for reason, names in whole.items():
+        console.print(f"  {', '.join(names)}: {reason}", highlight=False)
     return 0

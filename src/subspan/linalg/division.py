@@ -11,9 +11,9 @@ from torch import Tensor
 
 __all__ = ["Division"]
 
-# torch 2.13 renamed both.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+# torch 2.13 renamed both; a torch that was built without processes has neither.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+_all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ class Division:
         padded = torch.nn.functional.pad(X, (0, piece * self.world - self.n))
         stacked = padded.view(X.shape[0], self.world, piece).transpose(0, 1).contiguous()
         out = torch.empty_like(stacked[0])
+        assert _reduce_scatter is not None
         _reduce_scatter(out, stacked.flatten(0, 1), group=self.group)
         own = self.columns
         return out[:, : own.stop - own.start].contiguous()
@@ -100,5 +101,6 @@ class Division:
         piece = -(-size // self.world)
         mine = torch.nn.functional.pad(X, (0, 0, 0, piece - X.shape[0])).contiguous()
         out = X.new_empty(piece * self.world, X.shape[1])
+        assert _all_gather is not None
         _all_gather(out, mine, group=self.group)
         return out[:size]

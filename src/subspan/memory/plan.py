@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from subspan.memory.trace import Timeline
 from subspan.optim import LowRankOptimizer
+from subspan.optim.shards import local
 from subspan.state import held
 
 #: What `PeakPlan` divides memory into.
@@ -58,6 +59,8 @@ class MemoryPlan:
 def plan(model: nn.Module, optimizer: LowRankOptimizer, micro_batches: int = 1) -> MemoryPlan:
     """Plan the memory that training ``model`` with ``optimizer`` holds, from shapes and declarations alone.
 
+    Of a model that `fully_shard` has divided, what this process holds, without the rows that pad the last pieces.
+
     Args:
         model: the model.
         optimizer: its optimizer; its state need not exist yet.
@@ -69,7 +72,7 @@ def plan(model: nn.Module, optimizer: LowRankOptimizer, micro_batches: int = 1) 
         >>> plan(model, GaLore(model, rank=4)).state["exp_avg"]  # 4 × 64 float32
         1024
     """
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = map(local, [*model.parameters(), *model.buffers()])
     return MemoryPlan(
         weights=sum(part.numel() * part.itemsize for tensor in tensors for part in held(tensor)),
         gradients=optimizer.planned_gradient_bytes(micro_batches),

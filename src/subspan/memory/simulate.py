@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from subspan.memory.trace import tensors_in
 from subspan.optim import LowRankOptimizer
 from subspan.optim.method import State
+from subspan.optim.shards import local
 from subspan.state import Int8Weight, held
 from subspan.state.host import as_on_accelerator, rehearsed
 
-__all__ = ["materialise", "rehearse_step", "simulated"]
+__all__ = ["advance", "materialise", "rehearse_step", "simulated"]
 
 # Elements of a parameter above which it is never stacked with others, so that one stands for all that are alike.
 _LARGE = 1 << 16
@@ -30,16 +31,17 @@ _READ = torch.ops.aten._local_scalar_dense.default
 
 
 @contextlib.contextmanager
-def simulated(device: Literal["cpu", "accelerator"] = "accelerator") -> Iterator[None]:
+def simulated(device: Literal["cpu", "accelerator"] = "accelerator", number: int = 1) -> Iterator[None]:
     """All tensors that are made here are fake: an operation computes the shape of its result and nothing else.
 
     Models, backward passes and the optimizers of subspan run as they are. What Python reads is kept real: integers
-    (positions, tokens) and scalars (the clocks of an optimizer); a number that would come out of fake ones is 1. The
-    fake tensors are on the CPU, since fake ones on a device abort where torch was built without it.
+    (positions, tokens) and scalars (the clocks of an optimizer); a number that would come out of fake ones is
+    ``number``. The fake tensors are on the CPU, since fake ones on a device abort where torch was built without it.
 
     Args:
         device: whose row tiles and buckets optimizers use. Attention is the flash kernel of the CPU either way, whose
             memory is that of the others which do not form the matrix of scores.
+        number: 0 lets checks of rounding errors and factorisations pass.
 
     Example:
         >>> with simulated():
@@ -52,12 +54,16 @@ def simulated(device: Literal["cpu", "accelerator"] = "accelerator") -> Iterator
             stack.enter_context(as_on_accelerator())
         stack.enter_context(rehearsed())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(_HostNumbers())
+        stack.enter_context(_HostNumbers(number))
         yield
 
 
 class _HostNumbers(TorchDispatchMode):
     """Keeps real what Python code decides by, and answers what depends on numbers that are not there."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if Int8Weight in types:
@@ -67,7 +73,7 @@ class _HostNumbers(TorchDispatchMode):
         fake = any(isinstance(tensor, FakeTensor) for tensor in tensors)
         if func is _READ and fake:
             dtype = args[0].dtype
-            return 1.0 if dtype.is_floating_point else dtype == torch.bool or 1
+            return float(self.number) if dtype.is_floating_point else dtype == torch.bool or self.number
         if not fake and not _is_bulk(func, tensors) and (tensors or _makes_host_numbers(func, args, kwargs)):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
@@ -135,15 +141,15 @@ def rehearse_step(optimizer: torch.optim.Optimizer) -> None:
     optimizer._sharing = sharing
     for name, parameter, group, like, gradient, _ in rest:
         parameter.grad = gradient
-        _advance(optimizer, name, group, optimizer.state[parameter], optimizer.state[like])
+        advance(optimizer, name, group, optimizer.state[parameter], optimizer.state[like])
     optimizer._arm_slots([name for name, *_ in rest if name in optimizer._slots])
 
 
-def _advance(optimizer: LowRankOptimizer, name: str, group: Any, state: State, like: State) -> None:
+def advance(optimizer: LowRankOptimizer, name: str, group: Any, state: State, like: State) -> None:
     """Set the clock of a parameter as if it had been stepped with the one that is ``like`` it."""
     refreshed = "refreshes" in state and int(state["refreshes"]) < int(like["refreshes"])
     for key, value in state.items():
-        if key != "next_refresh" and not isinstance(value, FakeTensor):
+        if key != "next_refresh" and not isinstance(local(value), FakeTensor):
             value.copy_(like[key])
     if refreshed and optimizer.method.refresh is not None:
         step, first = int(state["step"]) - 1, int(state["refreshes"]) == 1

@@ -16,6 +16,9 @@ from subspan.state import Int8Weight, held
 
 __all__ = ["MemoryTrace", "Moment", "Timeline"]
 
+#: Operations of `fully_shard` and collective calls.
+_SHARDING = ("fsdp", "c10d")
+
 
 @dataclass
 class _Storage:
@@ -78,6 +81,9 @@ class MemoryTrace(TorchDispatchMode):
     It sees every tensor that an operation returns, on any device, also on fake ones. It does not see what a kernel
     takes and gives back inside (the workspace of cuBLAS or LAPACK), nor what an allocator keeps or rounds up.
 
+    What `fully_shard` gathers, copies and reduces during forward and backward is ``buffers``: parameters and gradients
+    while they are whole.
+
     Args:
         logits_size: tensors whose last dimension has this size are ``logits``, in place of ``activations``.
         device: tensors elsewhere are not counted; None counts all.
@@ -102,11 +108,13 @@ class MemoryTrace(TorchDispatchMode):
         self.logits_size, self.device = logits_size, device
         self.allocated = 0
         self._live: dict[int, tuple[Any, _Storage]] = {}
+        self._buffers: set[int] = set()
         self._events: list[_Event] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if Int8Weight in types:
+        if Int8Weight in types or any(hasattr(kind, "to_local") for kind in types):
             return NotImplemented  # it comes back as operations on what it holds
+        self._follow_buffers()
         result = func(*args, **(kwargs or {}))
         for tensor in tensors_in(result):
             if self.device is not None and tensor.device.type != self.device.type:
@@ -115,14 +123,41 @@ class MemoryTrace(TorchDispatchMode):
             if category == "activations" and tensor.ndim and tensor.shape[-1] == self.logits_size:
                 category = "logits"
             self._follow(tensor, category, str(func))
+        if func.namespace in _SHARDING and self.category == "activations":
+            self._take_buffers(tensors_in((args, *(kwargs or {}).values(), result)), str(func))
         return result
 
     def label(self, tensors: Iterable[Tensor | None], category: str) -> None:
         """Say what the storages of ``tensors`` are for, from their allocation on; new ones are followed from now."""
+        self._follow_buffers()
         for part in (part for whole in tensors if whole is not None for part in held(whole)):
             if self.device is None or part.device.type == self.device.type:
                 self._follow(part, category, "")
                 self._live[part.untyped_storage()._cdata][1].category = category
+
+    def _take_buffers(self, tensors: Iterable[Tensor], operation: str) -> None:
+        for tensor in tensors:
+            if self.device is None or tensor.device.type == self.device.type:
+                self._follow(tensor, "buffers", operation)
+                key = tensor.untyped_storage()._cdata
+                entry = self._live[key][1]
+                if entry.category in ("activations", "logits", "buffers"):
+                    entry.category = "buffers"
+                    self._buffers.add(key)
+
+    def _follow_buffers(self) -> None:
+        """See which buffers have been emptied, or filled again, since: no operation does that."""
+        changed = []
+        for key in list(self._buffers):
+            reference, entry = self._live.get(key, (None, None))
+            storage = None if reference is None else reference()
+            if storage is None or entry is None:
+                self._buffers.remove(key)
+            elif storage.nbytes() != entry.nbytes:
+                changed.append((storage.nbytes() - entry.nbytes, entry))
+        for grown, entry in sorted(changed, key=lambda change: change[0]):  # room is made first
+            entry.nbytes += grown
+            self._record(entry, grown, "")
 
     def timeline(self) -> Timeline:
         """Peaks, with every allocation in the category that it was given last."""

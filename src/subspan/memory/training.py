@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from subspan.memory.trace import MemoryTrace, Timeline
 from subspan.optim import LowRankOptimizer
+from subspan.optim.shards import local
 
 __all__ = ["TrainingTrace", "trace_training"]
 
@@ -18,7 +19,7 @@ class TrainingTrace:
 
     Storages are ``weights`` (parameters and buffers), ``gradients`` (whole ones, and what was folded of them),
     ``state:KEY``, ``logits`` (with the loss and its gradient), ``workspace`` (what else an optimizer takes, in `step`
-    and in its hooks) and ``activations``, all other.
+    and in its hooks), ``buffers`` (of `fully_shard`) and ``activations``, all other.
 
     Args:
         model: on the device that is to be counted.
@@ -33,7 +34,7 @@ class TrainingTrace:
         self.model, self.optimizer = model, optimizer
         device = next(model.parameters()).device
         self.trace = MemoryTrace(logits_size, device)
-        self.trace.label([*model.parameters(), *model.buffers()], "weights")
+        self.trace.label(map(local, [*model.parameters(), *model.buffers()]), "weights")
         self.end()
         self._handles = [
             handle
@@ -53,7 +54,8 @@ class TrainingTrace:
     def end(self) -> None:
         """A phase ends: what it leaves behind is known now."""
         optimizer = self.optimizer
-        self.trace.label((parameter.grad for parameter in self.model.parameters()), "gradients")
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        self.trace.label(map(local, gradients), "gradients")
         if isinstance(optimizer, LowRankOptimizer):
             self.trace.label(optimizer.folded_tensors(), "gradients")
         self._label_state()
@@ -72,7 +74,7 @@ class TrainingTrace:
         for state in self.optimizer.state.values():
             for key, value in state.items():
                 if isinstance(value, Tensor):
-                    self.trace.label([value], f"state:{key}")
+                    self.trace.label([local(value)], f"state:{key}")
 
     def _gradient_is_there(self, gradient: Tensor) -> None:
         # A hook of the optimizer may follow, and what it allocates is its own.

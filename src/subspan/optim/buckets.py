@@ -21,6 +21,8 @@ _STACKABLE_CPU = 1 << 14
 _STACKABLE_DEVICE = 1 << 16
 # Elements of one stack, which bounds its copies.
 _STACK = 1 << 22
+# Elements, of all processes, of projected gradients that wait together for what all of them say.
+_PROJECTED = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,25 @@ def buckets(tasks: Iterable[Task]) -> list[list[Task]]:
         stack.append(task)
         if len(stack) * elements >= _STACK:
             del stacks[key]
+    return result
+
+
+def portions(tasks: Iterable[Task]) -> list[list[Task]]:
+    """Tasks that are stepped together: whole ones, and those that one mesh divides, until their R are many.
+
+    All processes come to the same portions, since they follow from whole shapes.
+    """
+    growing: dict[Any, list[Task]] = {}
+    result: list[list[Task]] = []
+    for task in tasks:
+        divided = task.shards.division is not None
+        mesh = task.shards.mesh if divided else None
+        portion = growing.setdefault(mesh, [])
+        if not portion:
+            result.append(portion)
+        portion.append(task)
+        if divided and sum(other.geometry.rank * other.geometry.n for other in portion) >= _PROJECTED:
+            del growing[mesh]
     return result
 
 

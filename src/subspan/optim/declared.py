@@ -119,7 +119,9 @@ class DeclaredOptimizer(torch.optim.Optimizer):
         if not is_sharded(parameter):
             return WHOLE
         geometry = self._geometry(name, parameter, group, self._state(parameter))
-        return shards_of(parameter, geometry, self._right(parameter, group) if geometry else False, self.divides_bases)
+        # Bases that are drawn again in each step are not held.
+        divides = self.divides_bases and self.method.subspace is not None and self.method.subspace.stored
+        return shards_of(parameter, geometry, self._right(parameter, group) if geometry else False, divides)
 
     def _held_specs(
         self, name: str, parameter: Tensor, group: dict[str, Any], state: Mapping[str, Tensor]

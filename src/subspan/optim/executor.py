@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from subspan.linalg import DenseOperator, seeded_generator
+from subspan.linalg import seeded_generator
 from subspan.optim.apply import apply_update
 from subspan.optim.averaged import Averaged
-from subspan.optim.buckets import Task, Work, buckets, gather, scatter
+from subspan.optim.buckets import Task, Work, buckets, gather, portions, scatter
 from subspan.optim.dense import step_dense
 from subspan.optim.fused import refuse_scaler, without_autocast
 from subspan.optim.late import nonfinite_folded
@@ -85,8 +85,8 @@ class Executor(Averaged):
         good = [item for item in work if item.name not in bad]
         self._step_dense([item for item in good if item.geometry is None])
         tasks = [self._prepare(item) for item in good if item.geometry is not None]
-        for bucket in buckets(self._screened([task for task in tasks if task is not None])):
-            self._step_bucket(bucket)
+        for portion in portions([task for task in tasks if task is not None]):
+            self._step_portion(portion)
         self._refresh_late(good)
         self._folded.clear()
         self._stepped.clear()
@@ -177,17 +177,22 @@ class Executor(Averaged):
             assert geometry is not None
         age = self.method.transport.age(state, step + 1)
         task = Task(name, local(parameter), gradient, group, geometry, right, age, state, projected, shards)
-        if not work.due and not shards.gathers_basis:
+        assert self.method.subspace is not None
+        held = shards.division is None or (self.method.subspace.stored and not shards.gathers_basis)
+        if held and not work.due:
             return task
         # At once, so that neither the projected gradients of a refresh nor all bases are held together.
-        for bucket in buckets(self._screened([task])):
-            self._step_bucket(bucket)
+        self._step_portion([task])
         return None
+
+    def _step_portion(self, portion: list[Task]) -> None:
+        for bucket in buckets(self._screened(portion)):
+            self._step_bucket(bucket)
 
     def _screened(self, tasks: list[Task]) -> list[Task]:
         """Project the gradients of divided parameters, and let all processes agree on round-off and on what is skipped.
 
-        One collective call serves all of them: a sum of squared norms of rows, which no process knows alone.
+        One collective call serves one of the `portions`: a sum of squared norms of rows, which no process knows alone.
         """
         divided = [task for task in tasks if task.shards.division is not None]
         if not divided:
@@ -205,8 +210,9 @@ class Executor(Averaged):
             squares.append(rows if task.geometry.projected else rows.sum()[None])
         totals = divided[0].shards.total(torch.cat(squares)).split([len(rows) for rows in squares])
         result = [task for task in tasks if task.shards.division is None]
-        for task, projection, R, rows in zip(divided, projections, projected, totals, strict=True):
-            if float(rows.sum()) <= torch.finfo(R.dtype).max:
+        sizes = torch.stack([rows.sum() for rows in totals]).tolist()  # the host waits once
+        for task, projection, R, rows, size in zip(divided, projections, projected, totals, sizes, strict=True):
+            if size <= torch.finfo(R.dtype).max:
                 R = projection.divided_without_round_off(R, rows, task.geometry.m, task.parameter.dtype)
                 result.append(replace(task, projected=R, projection=projection))
             else:
@@ -290,13 +296,14 @@ class Executor(Averaged):
         specs = self.method.subspace_specs(first.geometry, first.group)
         if subspace.stored and first.shards.gathers_basis:
             assert first.shards.division is not None
-            return {"basis": first.shards.division.all_rows(first.state["basis"])}
+            whole = {"basis": first.shards.division.all_rows(first.state["basis"])}
+            return {key: spec.decode(key, whole) for key, spec in specs.items()}
         if subspace.stored:
             return gather_state(specs, [task.state for task in bucket])
         found = []
         for task in bucket:
             generator = seeded_generator(self.seed, task.name, int(task.state["refreshes"]) - 1)
-            operator = DenseOperator(oriented(task.parameter, task.right))  # for its shape alone
+            operator = task.shards.operator(oriented(task.parameter, task.right))  # for its shape alone
             tensors = subspace.find(operator, task.geometry, generator=generator, step=0, group=task.group).tensors
             found.append({key: task.shards.piece(key, specs[key], X) for key, X in tensors.items()})
         return {key: gather([tensors[key] for tensors in found]) for key in specs}

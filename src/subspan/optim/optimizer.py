@@ -20,7 +20,7 @@ from subspan.optim.late import Folded
 from subspan.optim.method import Method, Roster
 from subspan.optim.param_groups import GROUPING, param_groups
 from subspan.optim.screen import nonfinite_gradients
-from subspan.optim.sharding import squared_norm
+from subspan.optim.sharding import squared_norms
 from subspan.optim.shards import local
 from subspan.optim.slots import GradientSlots
 
@@ -284,7 +284,7 @@ class LowRankOptimizer(Executor):
                 f"{name}: a second backward before step(): {self.method.name} needs the gradient itself and has "
                 "updated the weights already; accumulate without fuse_into_backward(), or use GaLore"
             )
-        self._stepped[name] = squared_norm(parameter.grad)
+        (self._stepped[name],) = squared_norms([parameter.grad])
         work = self._look(name, parameter, group)
         if nonfinite_gradients([(name, parameter)]):
             if self.nonfinite == "raise":
@@ -305,7 +305,7 @@ class LowRankOptimizer(Executor):
             one, and those that were never formed, are known in their subspaces alone.
         """
         self._take_slots()
-        squares = [squared_norm(p.grad) for p in self._with_grad() if p.grad is not None]
+        squares = squared_norms(p.grad for p in self._with_grad() if p.grad is not None)
         squares += [item.norm_squared() for item in self._folded.values()]
         squares += self._stepped.values()
         exact = all(item.norm_is_known for item in self._folded.values())

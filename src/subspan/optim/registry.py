@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import nn
+
 from subspan.optim.groups import unknown_setting
 from subspan.optim.methods.adamw import AdamW
 from subspan.optim.methods.apollo import APOLLO, APOLLOMini
@@ -17,6 +19,7 @@ from subspan.optim.methods.q_apollo import QAPOLLO, QAPOLLOMini
 from subspan.optim.methods.q_galore import QGaLore
 from subspan.optim.methods.scale import SCALE
 from subspan.optim.optimizer import LowRankOptimizer, Params
+from subspan.optim.sharding import unshardable
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,25 @@ class MethodInfo:
     size: Literal["rank", "density"] | None = "rank"
     default_size: float | None = None
     int8_group: int | None = None
+
+    @property
+    def shards(self) -> bool:
+        """Whether it trains what `fully_shard` has divided, with its default settings."""
+        return self.unshardable is None
+
+    @property
+    def unshardable(self) -> str | None:
+        """Why it does not; None where it does.
+
+        >>> method_info("galore").shards, method_info("galore_8bit").unshardable
+        (True, "moments='8bit' has blocks that do not keep to the pieces")
+        """
+        if self.int8_group is not None:
+            return "weights in int8 cannot be divided"
+        model = nn.Sequential(nn.Embedding(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+        optimizer = self.optimizer(model)  # type: ignore[call-arg]
+        reasons = (unshardable(optimizer.method, group) for group in optimizer.param_groups)
+        return next((reason for reason in reasons if reason is not None), None)
 
 
 _METHODS = {

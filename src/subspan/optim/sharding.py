@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,18 +70,30 @@ def unshardable(method: Method, group: Group) -> str | None:
 
 def agreed(bad: Sequence[str], looked_at: Sequence[tuple[str, Tensor]]) -> list[str]:
     """Names that any process has found among parameters that are divided, with those of whole ones."""
-    divided = [(name, parameter) for name, parameter in looked_at if is_sharded(parameter)]
-    if not divided:
-        return list(bad)
-    found = set(bad)
-    flags = torch.tensor([name in found for name, _ in divided], dtype=torch.float32, device=divided[0][1].device)
-    mesh = divided[0][1].device_mesh  # type: ignore[attr-defined]
-    flags = Division("rows", 1, 1, shard_group(mesh)).largest(flags)
-    found |= {name for (name, _), flag in zip(divided, flags.tolist(), strict=True) if flag}
+    found, divided = set(bad), defaultdict(list)
+    for name, parameter in looked_at:
+        if is_sharded(parameter):
+            divided[parameter.device_mesh].append((name, parameter.device))  # type: ignore[attr-defined]
+    for mesh, same in divided.items():
+        flags = torch.tensor([name in found for name, _ in same], dtype=torch.float32, device=same[0][1])
+        flags = _everyone(mesh).largest(flags)
+        found |= {name for (name, _), flag in zip(same, flags.tolist(), strict=True) if flag}
     return [name for name, _ in looked_at if name in found]
 
 
-def squared_norm(X: Tensor) -> Tensor:
-    """‖X‖² of a gradient, over all processes where it is divided; 0-D float64."""
-    square = torch.linalg.vector_norm(local(X), dtype=torch.promote_types(X.dtype, torch.float32)).double().square()
-    return Division("rows", 1, 1, shard_group(X.device_mesh)).total(square) if is_sharded(X) else square  # type: ignore[attr-defined]
+def squared_norms(gradients: Iterable[Tensor]) -> list[Tensor]:
+    """Numbers whose sum is that of all ‖G‖²: one for each whole gradient, one for all that a mesh divides.
+
+    They are 0-D and float64; one collective call a mesh.
+    """
+    result: list[Tensor] = []
+    divided: dict[Any, list[Tensor]] = defaultdict(list)
+    for G in gradients:
+        norm = torch.linalg.vector_norm(local(G), dtype=torch.promote_types(G.dtype, torch.float32))
+        (divided[G.device_mesh] if is_sharded(G) else result).append(norm.double().square())  # type: ignore[attr-defined]
+    return result + [_everyone(mesh).total(torch.stack(squares).sum()) for mesh, squares in divided.items()]
+
+
+def _everyone(mesh: Any) -> Division:
+    """The processes over which a mesh divides parameters, for sums and maxima of what is as large on each of them."""
+    return Division("rows", 1, 1, shard_group(mesh))

@@ -52,7 +52,11 @@ class Keep(Transport):
 
 @dataclass(frozen=True)
 class RotateFirst(Transport):
-    """M <- (Q_newᵀ Q_old) M; second moments stay (GoLore's momentum re-projection, arXiv 2410.11289)."""
+    """M <- (Q_newᵀ Q_old) M; second moments stay (GoLore's momentum re-projection, arXiv 2410.11289).
+
+    Where gradients have fewer directions than the rank, some second moments are zero. A first moment that the rotation
+    brings there would be divided by ε alone, a step of any size, so it is left out.
+    """
 
     needs_bases = True
 
@@ -62,9 +66,12 @@ class RotateFirst(Transport):
         if "basis" not in new:
             return
         overlap = total(new["basis"].mT @ state["basis"])
+        known = [state[key] > 0 for key, spec in specs.items() if spec.moment == 2]
         for key, spec in specs.items():
             if spec.moment == 1:
                 state[key] = overlap @ state[key]
+                for there in known:
+                    state[key] *= there
 
 
 @dataclass(frozen=True)

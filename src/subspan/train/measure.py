@@ -78,7 +78,11 @@ class MeasureCallback(TrainerCallback):
 
 def plan_run(config: PretrainConfig, vocab_size: int) -> PeakPlan:
     """Plan a run from its resolved settings, for the device that it will take."""
-    names = {field.name for field in dataclasses.fields(PlanSettings)} & set(vars(config)) - {"vocab_size", "output"}
+    names = {field.name for field in dataclasses.fields(PlanSettings)} & set(vars(config)) - {
+        "vocab_size",
+        "output",
+        "shard",
+    }
     shared: dict[str, Any] = {name: getattr(config, name) for name in names}
     device: Any = "accelerator" if torch.accelerator.is_available() else "cpu"
     return plan_recipe(PlanSettings(**shared, vocab_size=vocab_size, device=device)).bytes

@@ -74,8 +74,12 @@ def hold_weights(model: nn.Module, config: PretrainConfig) -> None:
         quantize_weights(model, config.target_modules, config.exclude, group_size=group)
 
 
-def check_settings(config: PretrainConfig) -> None:
+def check_settings(config: PretrainConfig, processes: int | None = None) -> None:
     """Refuse settings that the method does not have, before any data is read or a model is built.
+
+    Args:
+        config: the settings.
+        processes: that will train; None: as many as were launched.
 
     Raises:
         ValueError: an unknown method or setting, or an impossible value.
@@ -85,7 +89,7 @@ def check_settings(config: PretrainConfig) -> None:
         resolve(config, 8), target_modules="all-linear", exclude=[], gradient=fused, share_inputs=False
     )
     optimizer = build_optimizer(nn.Linear(8, 8), settings)
-    check_reduction(dataclasses.replace(config, weight_storage=_storage(config)), optimizer, launched())
+    check_reduction(dataclasses.replace(config, weight_storage=_storage(config)), optimizer, processes or launched())
     if _storage(config) == "int8" and optimizer.param_groups[0]["rounding"] == "nearest":
         raise ValueError(
             f"weight_storage is 'int8', and the method {config.method!r} rounds to nearest, which loses most steps: "

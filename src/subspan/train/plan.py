@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from subspan.memory.plan import PeakPlan, adamw_8bit_state_bytes
+from subspan.memory.processes import ProcessPlan, ddp_layouts, one_of, sharded_layouts, trace_sharded, with_buckets
 from subspan.memory.simulate import materialise, rehearse_step, simulated
 from subspan.memory.training import trace_training
-from subspan.optim import create_optimizer, list_methods, method_info
+from subspan.optim import LowRankOptimizer, create_optimizer, list_methods, method_info
 from subspan.optim.groups import unknown_setting
 from subspan.train.config import PretrainConfig
 from subspan.train.optimizer import build_optimizer, check_settings, hold_weights, resolve
 from subspan.train.plan_settings import PlanSettings
 from subspan.train.presets import PRESETS, skeleton
+from subspan.train.shard import shard_model
 
-__all__ = ["BASELINES", "Recipe", "largest_that_fits", "plan_recipe", "recipes"]
+__all__ = ["BASELINES", "Recipe", "largest_that_fits", "left_out", "plan_recipe", "recipes"]
 
 #: Recipes that are no method of the registry, with what they are.
 BASELINES = {
@@ -29,6 +34,8 @@ BASELINES = {
     "adamw_8bit": "torchao AdamW8bit: moments of a byte, by formula; its step is taken to need nothing more",
     "lora": "peft, all linear layers, the other weights frozen; AdamW with float32 moments",
 }
+
+_WHOLE = "planned with whole models alone"
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,9 @@ class Recipe:
         size: how much is projected (``rank 128``), or nothing.
         parameters: of the model, in all.
         trainable: of them, those that are trained.
-        bytes: where they go.
+        bytes: where they go; of several processes those of one, with its ``buffers``: buckets of DDP, or what is whole
+            for a while of a model that `fully_shard` has divided.
+        processes: what several processes hold and send; None where there is one.
     """
 
     name: str
@@ -50,6 +59,7 @@ class Recipe:
     parameters: int
     trainable: int
     bytes: PeakPlan
+    processes: ProcessPlan | None = None
 
     @property
     def title(self) -> str:
@@ -82,7 +92,10 @@ def plan_recipe(settings: PlanSettings) -> Recipe:
     """
     config = _config(settings)
     if settings.method not in BASELINES:
-        check_settings(config)
+        check_settings(config, settings.world_size)
+    elif settings.shard != "none":
+        raise ValueError(f"shard is {settings.shard!r}, but {settings.method!r}: {_WHOLE}; leave shard out.")
+    config = dataclasses.replace(config, shard="none")  # what is divided, is divided here
     with torch.device("meta"):
         model: Any = skeleton(
             settings.model,
@@ -95,19 +108,49 @@ def plan_recipe(settings: PlanSettings) -> Recipe:
         prepare(model, settings.activation_checkpointing)
         if settings.method == "lora":
             model = _with_lora(model, settings, text.hidden_size)
-    with simulated(settings.device):
+    trained: dict[str, Any] = {"grad_accumulation": settings.grad_accumulation, "logits_size": text.vocab_size}
+    with contextlib.ExitStack() as stack:
+        mesh = stack.enter_context(one_of(settings.world_size)) if settings.shard != "none" else None
+        stack.enter_context(simulated(settings.device, number=1 if mesh is None else 0))
         materialise(model)
         optimizer, size = _optimizer(model, config, settings, text.hidden_size)
-        timeline = trace_training(
-            model,
-            optimizer,
-            _loss(model, settings),
-            grad_accumulation=settings.grad_accumulation,
-            logits_size=text.vocab_size,
-            step=lambda: rehearse_step(optimizer),
-        )
+        loss, processes = _loss(model, settings), None
+        if mesh is not None:
+            plan, processes = _plan_sharded(model, optimizer, config, settings, mesh, loss, trained)
+        else:
+            step = functools.partial(rehearse_step, optimizer)
+            plan = PeakPlan.of(trace_training(model, optimizer, loss, step=step, **trained))
+            if settings.world_size > 1:
+                plan = with_buckets(plan, model, settings.gradient != "full", optimizer)
+                if isinstance(optimizer, LowRankOptimizer):
+                    alone = sum(optimizer.planned_state_bytes().values())
+                    processes = ProcessPlan(settings.world_size, "none", alone, ddp_layouts(model, optimizer))
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return Recipe(settings.method, settings.gradient, size, parameters, trainable, PeakPlan.of(timeline))
+    return Recipe(settings.method, settings.gradient, size, parameters, trainable, plan, processes)
+
+
+def _plan_sharded(
+    model: Any,
+    whole: Any,
+    config: PretrainConfig,
+    settings: PlanSettings,
+    mesh: DeviceMesh,
+    loss: Callable[[], Tensor],
+    trained: dict[str, Any],
+) -> tuple[PeakPlan, ProcessPlan]:
+    """Divide a simulated model, whose optimizer while it is ``whole`` tells what one process alone would hold."""
+    alone, width = sum(whole.planned_state_bytes().values()), model.config.get_text_config().hidden_size
+
+    def build() -> Any:
+        return _optimizer(model, config, settings, width)[0]
+
+    shard_model(model, mesh)
+    optimizer = build()
+    if settings.shard == "bases":
+        optimizer.divide_bases()
+    timeline, passes = trace_sharded(model, optimizer, loss, **trained)
+    layouts = sharded_layouts(build, passes)
+    return PeakPlan.of(timeline), ProcessPlan(settings.world_size, settings.shard, alone, layouts)
 
 
 def prepare(model: PreTrainedModel, activation_checkpointing: bool) -> None:
@@ -196,7 +239,20 @@ def _config(settings: PlanSettings) -> PretrainConfig:
     return PretrainConfig(**values, max_grad_norm=0.0)
 
 
+def left_out(settings: PlanSettings) -> dict[str, str]:
+    """Recipes of ``compare`` that train no divided model, and why."""
+    if settings.shard == "none":
+        return {}
+    reasons = {name: _WHOLE if name in BASELINES else method_info(name).unshardable for name in _asked(settings)}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
 def _compared(settings: PlanSettings) -> list[str]:
+    left = left_out(settings)
+    return [name for name in _asked(settings) if name not in left]
+
+
+def _asked(settings: PlanSettings) -> list[str]:
     if settings.compare is None:
         return []
     known = [*list_methods(), *BASELINES]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import importlib.util
 import io
 import json
@@ -14,14 +15,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from subspan.memory.plan import CATEGORIES
+from subspan.memory.processes import ProcessPlan
 from subspan.train.config import write_text
-from subspan.train.plan import BASELINES, Recipe, largest_that_fits, recipes
+from subspan.train.plan import BASELINES, Recipe, largest_that_fits, left_out, recipes
 from subspan.train.plan_settings import PlanSettings
 
 __all__ = ["plan_report", "report"]
 
 _ATTENTION = "traced with the flash kernel of the CPU; kernels that form the matrix of scores need more"
+_BUFFERS = (
+    "buffers: the buckets of DDP, a copy of the gradients that it reduces (gradient_as_bucket_view=False)",
+    "buffers: weights while they are gathered and gradients until they are scattered, block by block, traced",
+)
 
 
 def plan_report(settings: PlanSettings, *, console: Console | None = None) -> dict[str, Any]:
@@ -70,6 +75,7 @@ def report(settings: PlanSettings, planned: list[Recipe]) -> dict[str, Any]:
         name: getattr(settings, name)
         for name in (
             "model", "dtype", "batch_size", "seq_len", "grad_accumulation", "activation_checkpointing", "device",
+            "world_size", "shard",
         )
     }  # fmt: skip
     solved = {"solved": {settings.solve: getattr(settings, settings.solve)}} if settings.solve else {}
@@ -80,6 +86,7 @@ def report(settings: PlanSettings, planned: list[Recipe]) -> dict[str, Any]:
         "attention": _ATTENTION,
         **first,
         "compared": others,
+        "left_out": left_out(settings),
     }
 
 
@@ -98,6 +105,7 @@ def _recipe(recipe: Recipe, budget: int) -> dict[str, Any]:
         "peak_operation": plan.operation,
         "fits": plan.peak <= budget,
         "margin_bytes": budget - plan.peak,
+        **({} if recipe.processes is None else {"processes": dataclasses.asdict(recipe.processes)}),
     }
 
 
@@ -112,7 +120,7 @@ def _print(console: Console, settings: PlanSettings, planned: list[Recipe]) -> N
     table = Table(first.title, "most", "at the peak", box=None, pad_edge=False, header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
-    for name in CATEGORIES:
+    for name in first.bytes.most:
         table.add_row(name, _size(first.bytes.most[name]), _size(first.bytes.at_peak[name]))
     table.add_row("peak", "", _size(first.bytes.peak), style="bold")
     console.print(table)
@@ -122,17 +130,46 @@ def _print(console: Console, settings: PlanSettings, planned: list[Recipe]) -> N
     if settings.solve is not None:
         console.print(f"The largest {settings.solve} that fits is [bold]{getattr(settings, settings.solve)}[/].")
     console.print(_fits(first, settings), highlight=False)
+    if first.processes is not None:
+        console.print()
+        console.print(_processes(first.processes))
+        console.print(f"[dim]{_BUFFERS[settings.shard != 'none']}[/]", highlight=False)
     if len(planned) > 1:
         console.print()
         console.print(_comparison(planned, settings))
         for recipe in planned:
             if recipe.name in BASELINES:
                 console.print(f"[dim]{recipe.name}: {BASELINES[recipe.name]}[/]", highlight=False)
+    for name, reason in left_out(settings).items():
+        console.print(f"[dim]{name} is left out: {reason}[/]", highlight=False)
     console.print(f"[dim]Attention: {_ATTENTION}.[/]", highlight=False)
 
 
 def _device(settings: PlanSettings) -> str:
-    return "a CPU" if settings.device == "cpu" else "an accelerator"
+    device = "a CPU" if settings.device == "cpu" else "an accelerator"
+    if settings.world_size == 1:
+        return device
+    divided = {"none": "DDP", "full": "fully_shard, bases whole", "bases": "fully_shard, bases divided"}
+    return f"{device}: one of {settings.world_size} processes ({divided[settings.shard]})"
+
+
+def _processes(plan: ProcessPlan) -> Table:
+    """What each of several processes holds of the state, and what they send each other."""
+    table = Table(f"{plan.world_size} processes", *plan.layouts, box=None, pad_edge=False, header_style="bold")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    layouts = list(plan.layouts.values())
+    shares = (f"{layout.state_bytes / plan.alone:.3f}" if plan.alone else "-" for layout in layouts)
+    table.add_row("state of each", *(_size(layout.state_bytes) for layout in layouts))
+    table.add_row("  of that of one alone", *shares)
+    for title, parts in (
+        ("sent in a step", [layout.step for layout in layouts]),
+        ("a refresh of all adds", [layout.refresh for layout in layouts]),
+    ):
+        table.add_row(title, *(_size(sum(part.values())) for part in parts))
+        for name in dict.fromkeys(name for part in parts for name in part):
+            table.add_row(f"  {name}", *(_size(part.get(name, 0)) for part in parts))
+    return table
 
 
 def _fits(recipe: Recipe, settings: PlanSettings) -> str:
@@ -145,13 +182,15 @@ def _fits(recipe: Recipe, settings: PlanSettings) -> str:
 def _comparison(planned: list[Recipe], settings: PlanSettings) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("recipe, GiB at the peak")
-    for name in ("weights", "grads", "state", "work", "activ.", "peak", "fits"):
+    several = "buffers" in planned[0].bytes.at_peak
+    for name in ("weights", "grads", "state", "work", "activ.", *["buffers"] * several, "peak", "fits"):
         table.add_column(name, justify="right", no_wrap=True)
     for recipe in planned:
         at = recipe.bytes.at_peak
         columns = [
             at["weights"], at["gradients"], at["moments"] + at["bases"] + at["other state"],
-            at["refresh workspace"] + at["step workspace"], at["activations"] + at["logits"], recipe.bytes.peak,
+            at["refresh workspace"] + at["step workspace"], at["activations"] + at["logits"],
+            *[at.get("buffers", 0)] * several, recipe.bytes.peak,
         ]  # fmt: skip
         fits = "yes" if recipe.bytes.peak <= settings.budget_bytes else "no"
         table.add_row(recipe.title, *(f"{count / 2**30:.2f}" for count in columns), fits)
@@ -171,11 +210,12 @@ def _write(
     write_text(folder / "plan.json", json.dumps(result, indent=2) + "\n")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["recipe", "gradient", "peak_bytes", "peak_moment", *CATEGORIES])
+    categories = list(planned[0].bytes.at_peak)
+    writer.writerow(["recipe", "gradient", "peak_bytes", "peak_moment", *categories])
     for recipe in planned:
         at = recipe.bytes.at_peak
         row = [recipe.title, recipe.gradient, recipe.bytes.peak, recipe.bytes.moment]
-        writer.writerow([*row, *(at[name] for name in CATEGORIES)])
+        writer.writerow([*row, *(at[name] for name in categories)])
     write_text(folder / "plan.csv", text.getvalue())
     if importlib.util.find_spec("matplotlib") is None:
         console.print("No plan.png: it needs matplotlib, pip install 'subspan[report]'.", markup=False, highlight=False)
@@ -193,7 +233,7 @@ def _plot(path: Path, settings: PlanSettings, planned: list[Recipe]) -> None:
     left = [0.0] * len(planned)
     titles = [recipe.title for recipe in planned]
     colours = ("#4c566a", "#c1583f", "#2f6f9f", "#6fa8c9", "#b7cfdd", "#d9a441", "#ecd08f", "#5f9163", "#a9c9a4")
-    for name, colour in zip(CATEGORIES, colours, strict=True):
+    for name, colour in zip(planned[0].bytes.at_peak, (*colours, "#8a6fa8"), strict=False):
         widths = [recipe.bytes.at_peak[name] / 2**30 for recipe in planned]
         if max(widths) > 0.002 * max(recipe.bytes.peak for recipe in planned) / 2**30:
             axes.barh(titles, widths, left=left, label=name, color=colour, height=0.7)

@@ -36,6 +36,9 @@ class PlanSettings:
         gradient: full, fused (taken in backward and freed) or projected (never formed), as in ``subspan pretrain``.
         share_inputs: With gradient projected: layers with one input share a basis.
         activation_checkpointing: Recompute activations in the backward pass.
+        world_size: Processes, each with a device and a batch of its own; the plan is that of one of them.
+        shard: What they divide, as in ``subspan pretrain``: none, every process holds the model and the optimizer's
+            state (DDP); full, each holds a share (FSDP2) and whole bases; or bases, a share of these too.
         compare: Other recipes to plan beside it: ``all``, or names separated by commas: those of ``subspan methods``,
             ``adamw_torch`` (moments in the dtype of the weights), ``adamw_8bit`` (torchao) and ``lora`` (peft).
         budget: Memory of the device: 24GiB, 80GB, or a number of bytes.
@@ -60,6 +63,8 @@ class PlanSettings:
     gradient: Literal["full", "fused", "projected"] = "full"
     share_inputs: bool = False
     activation_checkpointing: bool = False
+    world_size: int = 1
+    shard: Literal["none", "full", "bases"] = "none"
     compare: str | None = None
     budget: str = "24GiB"
     solve: Literal["rank", "batch_size", "seq_len"] | None = None
@@ -74,10 +79,15 @@ class PlanSettings:
             ValueError: naming the setting, its value and what is allowed.
         """
         check_types(self)
-        for name, least in {"batch_size": 1, "grad_accumulation": 1, "seq_len": 2, "vocab_size": 2, "rank": 1}.items():
+        least = {"batch_size": 1, "grad_accumulation": 1, "seq_len": 2, "vocab_size": 2, "rank": 1, "world_size": 1}
+        for name, minimum in least.items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}; it must be at least {least}.")
+            if value is not None and value < minimum:
+                raise ValueError(f"{name} is {value}; it must be at least {minimum}.")
+        if self.shard not in ("none", "full", "bases"):
+            raise ValueError(f"shard is {self.shard!r}; it must be none, full or bases.")
+        if self.shard != "none" and self.world_size == 1:
+            raise ValueError(f"shard is {self.shard!r}, but there is one process: give --world_size 2 or more.")
         if self.device not in ("accelerator", "cpu"):
             raise ValueError(f"device is {self.device!r}; it must be accelerator or cpu.")
         self.budget_bytes  # noqa: B018 - checks it

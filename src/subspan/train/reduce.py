@@ -60,7 +60,7 @@ def check_reduction(config: PretrainConfig, optimizer: LowRankOptimizer, process
             "leave reduce out."
         )
     if config.shard != "none":
-        for name, allowed in (("gradient", "full"), ("weight_storage", "float")):
+        for name, allowed in (("gradient", "full"), ("weight_storage", "float"), ("measure_memory", False)):
             if (value := getattr(config, name)) not in (None, allowed):
                 raise ValueError(f"{name} is {value!r}, but with shard {config.shard!r} it must be {allowed!r}.")
         if config.reduce not in (None, "full"):

@@ -6,6 +6,7 @@ import dataclasses
 import os
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
@@ -25,15 +26,19 @@ def launch_settings(config: PretrainConfig) -> PretrainConfig:
     return config
 
 
-def shard_model(model: PreTrainedModel) -> None:
+def shard_model(model: PreTrainedModel, mesh: DeviceMesh | None = None) -> None:
     """Divide the parameters over all processes, block by block, so that one block at a time is whole.
 
     The blocks are those that the model says must not be split over devices.
+
+    Args:
+        model: the model.
+        mesh: of the processes, on whose device the model is; None: that of all, on the accelerator if there is one.
     """
-    if (accelerator := torch.accelerator.current_accelerator()) is not None:
+    if mesh is None and (accelerator := torch.accelerator.current_accelerator()) is not None:
         model.to(accelerator)  # type: ignore[arg-type]
     blocks = set(model._no_split_modules or ())
     for module in model.modules():
         if type(module).__name__ in blocks:
-            fully_shard(module)
-    fully_shard(model)
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)

@@ -57,9 +57,9 @@ class ScaledResidual(Lift):
         shards = step.shards
         G_squared = shards.columns(column_norms_squared(step.gradient))
         weights = phi.square()
-        whole = shards.over_columns((weights * G_squared).sum((-2, -1)))
         squares = weights * (G_squared - (2.0 * inside - inside * inside) * R_squared)
-        outside = shards.over_columns(squares.sum((-2, -1)))
+        sums = torch.stack([(weights * G_squared).sum((-2, -1)), squares.sum((-2, -1))])
+        whole, outside = shards.over_columns(sums)
         exact = step.group.get("basis_storage", "float32") == "float32"
         # Asked so that yes, the answer of a simulation, is the way that needs more memory.
         if exact and not bool((outside <= _TRUSTED_SHARE * whole).any()):
