@@ -245,6 +245,12 @@ def checks(rank: int, world: int, folder: str) -> None:
     check_small(x)
     check_meshes(rank, world, x)
 
+    # The exact SVD says that it gathers.
+    backward(model)
+    with pytest.warns(RuntimeWarning, match="is gathered as a whole"):
+        GaLore(model, rank=6, svd="exact").step()
+    model.zero_grad()
+
     # What is not possible says so.
     for settings, message in (
         ({"refresh": "late"}, "a late refresh folds gradients"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -118,7 +120,16 @@ class DividedOperator(MatrixOperator):
 
     @torch.no_grad()
     def to_dense(self) -> Tensor:
-        """The whole matrix, on all processes: a gather of m·n numbers, for finders that cannot do without."""
+        """The whole matrix, on all processes: a gather of m·n numbers, for finders that cannot do without.
+
+        A warning says so, once.
+        """
+        warnings.warn(
+            "a matrix that is divided over processes is gathered as a whole on each of them; of the finders of subspaces "
+            "the exact SVD needs that, the randomised one does not (shown once)",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         if self.division.side == "rows":
             return self.division.all_rows(self.local)
         return self.division.all_columns(self.local)
