@@ -110,6 +110,67 @@ def test_tied_weights_are_saved_once(tmp_path: Path) -> None:
     assert (folder / "model.safetensors").stat().st_size < 8 * 8 * 4 * 2
 
 
+def test_two_tensors_are_not_loaded_into_one(tmp_path: Path) -> None:
+    network = nn.ModuleDict({"first": nn.Linear(8, 8, bias=False), "second": nn.Linear(8, 8, bias=False)})
+    optimizer = AdamW(network)
+    folder = save_checkpoint(tmp_path / "a", network)
+    other = nn.ModuleDict({"first": nn.Linear(8, 8, bias=False), "second": nn.Linear(8, 8, bias=False)})
+    other["second"].weight = other["first"].weight
+    before = snapshot(other, optimizer)
+    with pytest.raises(ValueError, match=r"second\.weight and first\.weight differ there, and are one tensor here"):
+        load_checkpoint(folder, other)
+    assert_same(snapshot(other, optimizer), before)
+    network["second"].load_state_dict(network["first"].state_dict())
+    load_checkpoint(save_checkpoint(tmp_path / "b", network), other)
+    assert torch.equal(other["first"].weight, network["first"].weight)
+
+
+def test_only_checkpoints_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("work")
+    run = tmp_path / "run"
+    save_checkpoint(run / "checkpoint-1", model())
+    for name in ("notes", "file", "run"):
+        with pytest.raises(ValueError, match=f"{name} exists and is no checkpoint, so it is not replaced"):
+            save_checkpoint(tmp_path / name, model())
+    for name in ("kept.replaced", "other.replaced", "other"):
+        (tmp_path / name).write_text("work")
+    (tmp_path / "folder.replaced").mkdir()
+    before = sorted(path for path in tmp_path.rglob("*") if "checkpoint-1" not in path.parts)
+    latest(tmp_path)
+    for name in ("plain", "plain", "empty", "checkpoint-2"):
+        if name != "plain":
+            (tmp_path / name).mkdir()
+        folder = save_checkpoint(tmp_path / name, model())
+        assert verify(folder).ok
+        shutil.rmtree(folder) if name != "plain" else None
+    shutil.rmtree(tmp_path / "plain")
+    assert sorted(path for path in tmp_path.rglob("*") if "checkpoint-1" not in path.parts) == before
+
+
+def test_one_who_looks_while_a_checkpoint_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process gives the one before its name back at any moment of the exchange."""
+    network = model()
+    rename = os.rename
+    for moment in range(1, 6):
+        folder = save_checkpoint(tmp_path / "checkpoint-1", network, extra={"moment": 0})
+        calls = 0
+
+        def looked(source: Any, target: Any, moment: int = moment) -> None:
+            nonlocal calls
+            calls += 1
+            rename(source, target)
+            if calls == moment:
+                latest(tmp_path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", looked)
+            save_checkpoint(folder, network, extra={"moment": moment})
+        assert load_checkpoint(folder, network) == {"moment": moment}
+        assert os.listdir(tmp_path) == ["checkpoint-1"]
+
+
 REFUSALS = [
     (lambda n: galore(n, rank=8), "has rank=4, this optimizer 8"),
     (lambda n: APOLLO(n, rank=4), "by the method 'galore', this one is 'apollo'"),
@@ -178,6 +239,7 @@ DAMAGES = {
     "edited": (lambda f: edit(f / "manifest.json", lambda c: c.update(step=7)), "its own checksum differs"),
     "foreign": (lambda f: (f / "manifest.json").write_text("[1]"), "another kind of file"),
     "deep": (lambda f: (f / "manifest.json").write_text("[" * 100_000), "cannot be used"),
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json does not belong"),
     "more parts": (lambda f: shutil.copy(f / "model.safetensors", f / "b.safetensors"), "b.safetensors does not"),
 }
 
@@ -229,6 +291,16 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "checkpoint-3", "checkpoint-6"]
     with pytest.raises(ValueError, match="keep=0"):
         rotate(tmp_path, 0)
+
+
+def test_one_that_is_not_whole_does_not_count_as_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 9):
+        save_checkpoint(tmp_path / f"checkpoint-{step}", model())
+    (tmp_path / "checkpoint-9" / "model.safetensors").unlink()
+    assert rotate(tmp_path, 4) == []
+    assert [path.name for path in rotate(tmp_path, 2)] == ["checkpoint-1"]
+    assert [path.name for path in rotate(tmp_path, 1)] == ["checkpoint-2"]
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-3", "checkpoint-9"]
 
 
 class Killed(BaseException):

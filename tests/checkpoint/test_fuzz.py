@@ -6,13 +6,17 @@ import json
 import os
 import random
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from subspan.checkpoint import latest, load_checkpoint, save_checkpoint
+from subspan.checkpoint import best, latest, load_checkpoint, rotate, save_checkpoint
+from subspan.checkpoint.inspect import describe, reports
+from subspan.checkpoint.single import to_single_file
 from subspan.optim import GaLore
+from tests.checkpoint.damage import damaged, resealed
 from tests.checkpoint.models import model, train
 
 #: More in a long test.
@@ -25,56 +29,6 @@ def state(network: torch.nn.Module, optimizer: torch.optim.Optimizer, extra: Any
     for index, held in optimizer.state_dict()["state"].items():
         tensors |= {f"{index}/{key}": value for key, value in held.items()}
     return {name: tensor.detach().numpy().tobytes() for name, tensor in tensors.items()}, settings, extra
-
-
-def damaged(folder: Path, other: Path, choose: random.Random) -> str:
-    """Change one or two things about a checkpoint; what was done."""
-    done = []
-    for _ in range(choose.choice([1, 1, 2])):
-        files = sorted(path for path in folder.iterdir() if path.is_file())
-        if not files:
-            break
-        path = choose.choice(files)
-        content = bytearray(path.read_bytes())
-        kind = choose.choice(["flip", "flip", "truncate", "swap", "edit", "delete", "extend", "zero", "exchange"])
-        if kind == "flip" and content:
-            for _ in range(choose.choice([1, 1, 8])):
-                content[choose.randrange(len(content))] ^= 1 << choose.randrange(8)
-            path.write_bytes(content)
-        elif kind == "truncate":
-            path.write_bytes(content[: choose.randrange(len(content) + 1)])
-        elif kind == "swap":
-            shutil.copy(other / path.name if (other / path.name).exists() else choose.choice(files), path)
-        elif kind == "exchange":
-            second = choose.choice(files)
-            path.write_bytes(second.read_bytes())
-            second.write_bytes(content)
-        elif kind == "edit" and path.suffix == ".json":
-            edit(path, choose)
-        elif kind == "delete":
-            path.unlink()
-        elif kind == "extend":
-            path.write_bytes(content + choose.randbytes(choose.randrange(1, 64)))
-        elif kind == "zero":
-            start = choose.randrange(len(content) + 1)
-            content[start:] = bytes(len(content) - start)
-            path.write_bytes(content)
-        done.append(f"{kind} {path.name}")
-    return ", ".join(done)
-
-
-def edit(path: Path, choose: random.Random) -> None:
-    """Change one value somewhere in a JSON file."""
-    try:
-        content = json.loads(path.read_text())
-    except ValueError:
-        return
-    place, key = {"root": content}, "root"
-    while isinstance(place[key], dict | list) and place[key]:
-        place = place[key]
-        key = choose.choice(list(place) if isinstance(place, dict) else range(len(place)))
-    place[key] = choose.choice([None, -1, 2**70, "x", [], {"$tuple": 1}, 0.5, "../x", True])
-    path.write_text(json.dumps(content))
 
 
 def test_no_damage_is_silent(tmp_path: Path) -> None:
@@ -113,3 +67,40 @@ def test_no_damage_is_silent(tmp_path: Path) -> None:
         shutil.rmtree(run)
     # Editing or swapping may leave a file as it was.
     assert refused > 0.7 * CASES
+
+
+def test_a_manifest_that_fits_is_no_licence(tmp_path: Path) -> None:
+    """Who can write a folder can write its checksums too: wrong numbers or a message, and never another error."""
+    network = model()
+    optimizer = GaLore(network, rank=4, update_proj_gap=3)
+    train(network, optimizer, 2)
+    extra = {"step": 2, "rng": torch.arange(4)}
+    folder = save_checkpoint(tmp_path / "checkpoint-2", network, optimizer, extra=extra, eval_loss=1.0)
+    choose = random.Random(0)
+    refused = 0
+    for case in range(CASES // 2):
+        copy = tmp_path / "fuzzed" / "checkpoint-2"
+        shutil.copytree(folder, copy)
+        what = f"case {case}: {resealed(copy, choose)}"
+        target = model(seed=1)
+        loaded = GaLore(target, rank=4, update_proj_gap=3)
+        other = GaLore(target, rank=3)
+        for action in (
+            lambda: load_checkpoint(copy, target, loaded),  # noqa: B023
+            lambda: load_checkpoint(copy, target, other, carry_over=True),  # noqa: B023
+            lambda: json.dumps(describe(reports(copy)[0])),  # noqa: B023
+            lambda: to_single_file(copy, tmp_path / "single"),  # noqa: B023
+            lambda: (best(copy.parent), rotate(copy.parent, 1), latest(copy.parent, skipped=str)),  # noqa: B023
+        ):
+            untouched = state(target, loaded, None)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                try:
+                    action()
+                except (ValueError, OSError) as error:
+                    refused += 1
+                    assert str(copy) in str(error), what
+                    assert state(target, loaded, None) == untouched, what
+        shutil.rmtree(copy.parent)
+        shutil.rmtree(tmp_path / "single", ignore_errors=True)
+    assert refused > CASES // 4

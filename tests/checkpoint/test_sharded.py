@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
+import shutil
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +24,9 @@ from torch.distributed.fsdp import fully_shard
 from subspan.checkpoint import CheckpointWriteError, load_checkpoint, save_checkpoint, verify
 from subspan.checkpoint.single import to_single_file
 from subspan.optim import Fira, GaLore
+from tests.checkpoint.damage import damaged
 from tests.checkpoint.models import Payload
+from tests.checkpoint.test_fuzz import CASES, state
 
 
 def network() -> nn.Module:
@@ -128,15 +132,49 @@ def worker(rank: int, folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(answers))
 
 
-@pytest.mark.slow  # starts of processes
-def test_to_and_from_other_numbers_of_processes(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[float]]]:
+    """A folder that 1, 2 and 4 processes have written into, and the losses that follow each kind of checkpoint."""
+    folder = tmp_path_factory.mktemp("written")
     expected = {}
     for kind in KINDS:
         model, optimizer = build(kind, 1)
         train(model, optimizer, 3, seed=1)
-        save_checkpoint(tmp_path / kind / "single" / "checkpoint-3", model, optimizer)
+        save_checkpoint(folder / kind / "single" / "checkpoint-3", model, optimizer)
         expected[kind] = train(model, optimizer, 3, seed=2)
-    mp.spawn(worker, args=(tmp_path,), nprocs=4)
+    mp.spawn(worker, args=(folder,), nprocs=4)
+    return folder, expected
+
+
+@pytest.mark.slow  # starts of processes
+def test_no_damage_to_parts_is_silent(written: tuple[Path, dict[str, list[float]]], tmp_path: Path) -> None:
+    whole, other = (written[0] / "galore" / run / "checkpoint-3" for run in ("of4", "of2"))
+    model, optimizer = build("galore", 1)
+    extra = load_checkpoint(whole, model, optimizer)
+    expected = state(model, optimizer, extra)
+    choose = random.Random(0)
+    refused = 0
+    for case in range(CASES):
+        copy = tmp_path / "checkpoint-3"
+        shutil.copytree(whole, copy)
+        what = f"case {case}: {damaged(copy, other, choose)}"
+        model, optimizer = build("galore", 1)
+        untouched = state(model, optimizer, None)
+        try:
+            extra = load_checkpoint(copy, model, optimizer)
+        except ValueError as error:
+            refused += 1
+            assert str(copy) in str(error) and not verify(copy).ok, what
+            assert state(model, optimizer, None) == untouched, what
+        else:
+            assert state(model, optimizer, extra) == expected, what
+        shutil.rmtree(copy)
+    assert refused > 0.7 * CASES
+
+
+@pytest.mark.slow  # starts of processes
+def test_to_and_from_other_numbers_of_processes(written: tuple[Path, dict[str, list[float]]]) -> None:
+    tmp_path, expected = written
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(4)]
     *_, last = KINDS
     shards = {path.name for path in (tmp_path / last / "of4" / "checkpoint-3").glob("*.safetensors")}

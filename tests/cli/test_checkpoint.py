@@ -9,6 +9,7 @@ import pickle
 import shutil
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,34 @@ def test_inspect_and_verify(dense: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert report["problems"] == ["model.safetensors is not what was written (its SHA-256 differs)"]
     assert main(["checkpoint", "inspect", str(dense / "nothing")]) == 1
     assert "is no folder" in capsys.readouterr().err
+
+
+def test_what_cannot_be_converted(dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(dense / "run" / "checkpoint-12")
+    for arguments, message in {
+        (source, str(tmp_path / "checkpoint-13")): "is the name of step 13 and this is step 12",
+        (source, str(tmp_path / "checkpoint-13"), "--rank", "2"): "is the name of step 13 and this is step 12",
+        (source, str(tmp_path / "a"), "--target_modules", "x"): "--target_modules are for --from",
+        (str(dense / "run"), str(tmp_path / "a")): "it is a run, of which one checkpoint is wanted",
+    }.items():
+        assert main(["checkpoint", "convert", *arguments]) == 1
+        assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["versions.json", "data.json"])
+def test_a_damaged_file_of_a_run_is_named(
+    name: str, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = tmp_path / "run"
+    shutil.copytree(dense / "run", copied)
+    for content in ("[]", '{"', None):
+        (copied / name).unlink()
+        if content is not None:
+            (copied / name).write_text(content)
+        assert main(["pretrain", "--config", str(copied / "config.yaml"), "--output", str(copied)]) == 1
+        assert f"{name} cannot be used" in capsys.readouterr().err
+        (copied / name).write_text(content or "")
 
 
 def test_another_method_starts_from_a_checkpoint(dense: Path, tmp_path: Path) -> None:
@@ -174,8 +203,25 @@ PACKAGES: dict[str, tuple[str, str, dict[str, str], str]] = {
 }
 
 
+#: What may be wrong in such a state, and what is said then.
+CHANGES: dict[Callable[[Any], object], str] = {
+    lambda content: content["param_groups"][1].pop("proj_type"): "proj_type",
+    lambda content: content["param_groups"][0].pop("params"): "params",
+    lambda content: content["param_groups"][0].update(correct_bias=False): "correct_bias=False is not converted",
+    lambda content: content["state"][0].pop("exp_avg"): "exp_avg",
+    lambda content: content["state"][0].pop("step"): "step",
+    lambda content: content["state"].update({0: [1]}): "is not as",
+    lambda content: content.update(param_groups=3): "is not as",
+}
+
+
 def foreign_file(
-    file: Path, network: torch.nn.Module, projector: type, more: dict[str, str], payload: object = None
+    file: Path,
+    network: torch.nn.Module,
+    projector: type,
+    more: dict[str, str],
+    payload: object = None,
+    change: Callable[[Any], object] = bool,
 ) -> None:
     """What the AdamW of these packages saves after 7 steps."""
     targets = [p for name, p in network.named_parameters() if "layers" in name and p.ndim == 2]
@@ -199,7 +245,9 @@ def foreign_file(
         state[index] = held | {"exp_avg": torch.randn(shape), "exp_avg_sq": torch.rand(shape)}
     if payload is not None:
         state[0]["extra"] = payload
-    torch.save({"optimizer": {"state": state, "param_groups": groups}}, file)
+    content = {"state": state, "param_groups": groups}
+    change(content)
+    torch.save({"optimizer": content}, file)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -218,6 +266,8 @@ def test_a_state_of_another_package(
         patch.setitem(sys.modules, place, module)
         foreign_file(tmp_path / "optimizer.pt", network, kind, more)
         foreign_file(tmp_path / "evil.pt", network, kind, more, Payload(str(tmp_path / "executed")))
+        for number, change in enumerate(CHANGES):
+            foreign_file(tmp_path / f"changed-{number}.pt", network, kind, more, change=change)
     convert = ["checkpoint", "convert", "--from", package, "--model", str(model)]
     assert main([*convert, str(tmp_path / "optimizer.pt"), str(tmp_path / "imported")]) == 0
     assert main(["checkpoint", "inspect", str(tmp_path / "imported"), "--json"]) == 0
@@ -235,6 +285,11 @@ def test_a_state_of_another_package(
     error = capsys.readouterr().err
     assert "asks for more than tensors and projectors" in error and "open" in error
     assert not (tmp_path / "executed").exists() and not (tmp_path / "bad").exists()
+    # A file that is not as the package writes it is refused by its name, whatever is wrong with it.
+    for number, message in enumerate(CHANGES.values()):
+        assert main([*convert, str(tmp_path / f"changed-{number}.pt"), str(tmp_path / "bad")]) == 1
+        error = capsys.readouterr().err
+        assert f"changed-{number}.pt" in error and message in error
     (tmp_path / "text.pt").write_text("no such file")
     assert main([*convert, str(tmp_path / "text.pt"), str(tmp_path / "bad")]) == 1
     assert main([*convert, str(tmp_path / "none.pt"), str(tmp_path / "bad")]) == 1

@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import nn
 
 import subspan
+from subspan.checkpoint import save_checkpoint
 from subspan.cli.main import main
 from subspan.optim import GaLore
 from subspan.train.config import PretrainConfig, read_config
@@ -45,8 +46,8 @@ BANNED = {
 BANNED |= {"torch.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "numpy.load", "os.system", "subprocess"}
 BANNED |= {"extractall", "unpack_archive", "torch.hub", "runpy"}
 ALLOWED: dict[str, set[str]] = {
-    # The converters of foreign optimizer states, which call for a restricted unpickler by name.
-    "checkpoint": {"pickle", "torch.load", "subprocess"},
+    # The converter of foreign optimizer states, with weights_only=True.
+    "checkpoint": {"torch.load"},
 }
 
 
@@ -237,3 +238,16 @@ def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
         console=third,
     )
     assert text(third).count("x[bold red]y[blue]z") >= 4
+
+
+def test_names_in_a_checkpoint_do_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a\x1b[2J[red]b"
+    folder = save_checkpoint(tmp_path / "checkpoint-1", nn.ModuleDict({name: nn.Linear(2, 2)}))
+    assert main(["checkpoint", "inspect", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and r"\x1b[2J[red]b" in shown
+    (folder / f"{name}.safetensors").touch()
+    assert main(["checkpoint", "verify", str(folder)]) == 1
+    assert main(["checkpoint", "convert", str(folder), str(tmp_path / "converted")]) == 1
+    captured = capsys.readouterr()
+    assert "\x1b" not in captured.out + captured.err and r"\x1b[2J[red]b" in captured.err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,7 +50,8 @@ def read_foreign(file: Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(allowed):
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError, TypeError) as error:
+    # What a damaged pickle makes it stumble over is of any kind.
+    except Exception as error:
         reason = str(error).strip().splitlines()
         asked = next(
             (line.strip() for line in reason if "GLOBAL" in line or "global" in line), reason[0] if reason else ""
@@ -92,11 +92,23 @@ def foreign_optimizer(
     """
     if package not in PACKAGES:
         raise ValueError(f"from={package!r} is not known; choose one of {', '.join(PACKAGES)}")
-    file = Path(file)
-    saved = read_foreign(file)
+    saved = read_foreign(Path(file))
+    try:
+        return _optimizer(saved, package, model, target_modules)
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be converted: {error}") from error
+    except (AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{file} is not as {package} writes it ({type(error).__name__}: {error}); which optimizer wrote it?"
+        ) from error
+
+
+def _optimizer(
+    saved: dict[str, Any], package: str, model: nn.Module, target_modules: str | list[str]
+) -> LowRankOptimizer:
     projecting = [group for group in saved["param_groups"] if "rank" in group]
     if len(projecting) != 1:
-        raise ValueError(f"{file} has {len(projecting)} groups with a rank; one is expected")
+        raise ValueError(f"it has {len(projecting)} groups with a rank; one is expected")
     low = projecting[0]
     targets = [name for name, _ in param_groups(model, rank=1, target_modules=target_modules)[0]["params"]]
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -108,10 +120,12 @@ def foreign_optimizer(
         count = len(group["params"])
         if count > len(pool):
             raise ValueError(
-                f"{file} has {count} parameters {'with a rank' if group is low else 'without one'} where the model has "
+                f"it has {count} parameters {'with a rank' if group is low else 'without one'} where the model has "
                 f"{len(pool)} left; is target_modules={target_modules!r} what was projected?"
             )
         names |= dict(zip(group["params"], pool, strict=False))
+        if not group.get("correct_bias", True):
+            raise ValueError("correct_bias=False is not converted: the moments of subspan's optimizers are corrected")
         settings = {key: group[key] for key in ("lr", "eps", "weight_decay")} | {"betas": tuple(group["betas"])}
         if group is low:
             settings |= {key: group[key] for key in ("rank", "update_proj_gap", "scale", "proj_type")}
@@ -119,14 +133,14 @@ def foreign_optimizer(
         del pool[:count]
     if targets or others:
         raise ValueError(
-            f"{file} has no state for {', '.join((targets + others)[:5])}; another model, or other target_modules?"
+            f"it has no place for {', '.join((targets + others)[:5])}; another model, or other target_modules?"
         )
     optimizer = _build(package, groups, low)
     index = {name: number for number, name in enumerate(names.values())}
     state = {
         index[names[number]]: _converted(names[number], held, parameters[names[number]], low, optimizer)
         for number, held in saved["state"].items()
-        if "exp_avg" in held or "state1" in held
+        if held  # none of a parameter that never had a gradient
     }
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return optimizer

@@ -14,7 +14,7 @@ from subspan.checkpoint.manifest import Report, verify
 from subspan.checkpoint.plain import read_plain
 from subspan.checkpoint.save import EXTRA, OPTIMIZER_JSON, TIED
 from subspan.checkpoint.staging import processes
-from subspan.checkpoint.states import OPTIMIZER_SCHEMA, is_sharded, model_tensors, optimizer_state, state_names
+from subspan.checkpoint.states import checked_document, is_sharded, model_tensors, optimizer_state, state_names
 from subspan.checkpoint.tensors import Held, empty_like, held_tensors, read_tensors
 from subspan.optim import LowRankOptimizer
 from subspan.optim.carry import carried
@@ -56,11 +56,12 @@ def load_checkpoint(
     folder = Path(folder)
     _verify(folder, together=is_sharded(dict(model.named_parameters()))).raise_if_bad()
     held = held_tensors(folder)
-    _check_model(folder, model, held)
+    extra = (read_plain(folder / EXTRA) if (folder / EXTRA).is_file() else None) or {}
+    weights = _read_weights(folder, model, held)
     if optimizer is not None:
         read_optimizer(folder, optimizer, model, carry_over=carry_over, held=held)
-    load_weights(folder, model)
-    return (read_plain(folder / EXTRA) if (folder / EXTRA).is_file() else None) or {}
+    model.load_state_dict(weights)
+    return extra
 
 
 def load_weights(folder: Path, model: nn.Module) -> None:
@@ -69,13 +70,25 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     Raises:
         ValueError: they are those of another model.
     """
-    held = held_tensors(folder)
+    model.load_state_dict(_read_weights(folder, model, held_tensors(folder)))
+
+
+def _read_weights(folder: Path, model: nn.Module, held: dict[str, Held]) -> dict[str, Tensor]:
+    """The state of a model from a checkpoint, compared with what the model has."""
     tied = _check_model(folder, model, held)
-    tensors, _ = model_tensors(model)
+    tensors, shared = model_tensors(model)
     weights = {name: entry for name, entry in held.items() if "/" not in name}
     saved = read_tensors(folder, {name: empty_like(entry, tensors.get(name)) for name, entry in weights.items()})
     saved |= {name: saved[first] for name, first in tied.items()}
-    model.load_state_dict({key: saved[canonical_name(key)] for key in model.state_dict()})
+    for name, first in shared.items():
+        if not _equal(saved[name], saved[first]):
+            raise ValueError(f"{folder} holds another model: {name} and {first} differ there, and are one tensor here.")
+    return {key: saved[canonical_name(key)] for key in model.state_dict()}
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in (first, second)]
+    return parts[0] is parts[1] or (parts[0].shape == parts[1].shape and torch.equal(*parts))
 
 
 def _verify(folder: Path, *, together: bool) -> Report:
@@ -118,13 +131,10 @@ def read_document(folder: Path) -> dict[str, Any]:
         ValueError: a newer format, or not such a file.
     """
     document = read_plain(folder / OPTIMIZER_JSON)
-    if not isinstance(document, dict) or not isinstance(document.get("schema"), int):
-        raise ValueError(f"{folder / OPTIMIZER_JSON} is no state of an optimizer")
-    if document["schema"] > OPTIMIZER_SCHEMA:
-        raise ValueError(
-            f"{folder / OPTIMIZER_JSON} has format {document['schema']}, newer than {OPTIMIZER_SCHEMA}; update subspan"
-        )
-    return document
+    try:
+        return checked_document(document)
+    except ValueError as error:
+        raise ValueError(f"{folder / OPTIMIZER_JSON} {error}") from error
 
 
 def read_optimizer(

@@ -101,7 +101,7 @@ def verify(folder: str | Path, *, files: Iterable[str] | None = None) -> Report:
     """Check that a checkpoint is as it was written: every file there, with its size and its SHA-256.
 
     Other files in the folder are no fault, since nothing reads them, but for further ``.safetensors``, which would be
-    taken for parts of the checkpoint.
+    taken for parts of the checkpoint, and ``adapter_config.json``, at which transformers loads another model.
 
     Args:
         folder: of the checkpoint.
@@ -141,7 +141,7 @@ def verify(folder: str | Path, *, files: Iterable[str] | None = None) -> Report:
     # Only the folder itself is searched for parts.
     problems += [
         f"{path.name} does not belong to it"
-        for path in sorted(folder.glob("*.safetensors"))
+        for path in sorted([*folder.glob("*.safetensors"), *folder.glob("adapter_config.json")])
         if path.name not in manifest.files
     ]
     match = _STEP.fullmatch(folder.name)
@@ -154,6 +154,8 @@ def _read(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not folder.is_dir():
         raise ValueError("there is no such folder")
+    if not path.is_file() and any(_STEP.fullmatch(inside.name) for inside in folder.iterdir()):
+        raise ValueError("it is a run, of which one checkpoint is wanted")
     if not path.is_file():
         raise ValueError(f"it has no {MANIFEST}: its writing was broken off, or another program wrote it")
     try:
@@ -169,8 +171,11 @@ def _read(folder: Path) -> Manifest:
             if _digest(content) != claimed:
                 raise ValueError("its own checksum differs")
             files = {name: FileEntry(int(f["bytes"]), str(f["sha256"])) for name, f in content["files"].items()}
-            manifest = Manifest(files, content["layout"], content["step"], content["eval_loss"])
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            step, loss = content["step"], content["eval_loss"]
+            if not (step is None or isinstance(step, int)) or not (loss is None or math.isfinite(loss)):
+                raise ValueError(f"step={step!r} and eval_loss={loss!r} are not a number each")
+            manifest = Manifest(files, str(content["layout"]), step, loss)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{MANIFEST} cannot be used: {error}") from error
     if newer is not None:
         raise ValueError(f"it has format {newer}, newer than {SCHEMA}; update subspan")

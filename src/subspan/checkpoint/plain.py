@@ -85,8 +85,8 @@ def from_plain(value: Any) -> Any:
             data = bytearray(base64.b64decode(content["data"], validate=True))
             shape = [int(length) for length in content["shape"]]
             dtype = _DTYPES[content["dtype"]]
-            return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            return (torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)).reshape(shape)
+    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"an object with the key {tag!r} is not as a checkpoint has it: {error}") from error
     raise ValueError(f"an object with the key {tag!r} is nothing that a checkpoint holds")
 

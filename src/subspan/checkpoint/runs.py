@@ -64,6 +64,8 @@ def best(run: str | Path) -> Path | None:
 def rotate(run: str | Path, keep: int, *, written: Path | None = None) -> list[Path]:
     """Delete all checkpoints of a run but the newest ``keep``, the best one and ``written``.
 
+    Those that lack files or have some of another size do not count as kept; newer ones of that kind stay as they are.
+
     Returns:
         The folders that are gone.
 
@@ -72,8 +74,10 @@ def rotate(run: str | Path, keep: int, *, written: Path | None = None) -> list[P
     """
     if keep < 1:
         raise ValueError(f"keep={keep} is not allowed; it must be at least 1")
-    spared = {best(run), written}
-    gone = [path for _, path in checkpoints(run)[:-keep] if path not in spared]
+    spared = {best(run), None if written is None else Path(written)}
+    found = [path for _, path in checkpoints(run)]
+    whole = [number for number, path in enumerate(found) if verify(path, files=()).ok]
+    gone = [path for path in found[: whole[-keep]] if path not in spared] if len(whole) > keep else []
     for path in gone:
         remove(path)
     return gone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 import shutil
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def to_single_file(source: Path, target: Path) -> None:
         ValueError: ``source`` is not whole.
     """
     manifest = verify(source).raise_if_bad()
-    check_free(target)
+    check_free(target, manifest.step)
     held = held_tensors(source)
     with staged(target, step=manifest.step) as job:
         job.eval_loss = manifest.eval_loss
@@ -45,11 +46,15 @@ def copy_files(source: Path, target: Path, manifest: Manifest, without: tuple[st
             shutil.copyfile(source / name, target / name)
 
 
-def check_free(target: Path) -> None:
-    """Refuse to write over anything.
+def check_free(target: Path, step: int | None = None) -> None:
+    """Refuse to write over anything, or a checkpoint of one step under the name of another.
 
     Raises:
         CheckpointWriteError: ``target`` exists.
+        ValueError: ``target`` is the name of another step.
     """
+    match = re.fullmatch(r"checkpoint-(\d+)", target.name)
+    if match and step is not None and int(match[1]) != step:
+        raise ValueError(f"{target} is the name of step {match[1]} and this is step {step}; choose another name.")
     if target.exists():
         raise CheckpointWriteError(f"{target} exists already; choose another folder for what is converted.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ __all__ = ["STAGING", "CheckpointWriteError", "Staged", "processes", "remove", "
 #: Folder beside the checkpoints in which they are written; nothing is ever loaded from it.
 STAGING = ".incomplete"
 _REPLACED = ".replaced"
+_NAME = re.compile(r"checkpoint-\d+")
 T = TypeVar("T")
 
 
@@ -61,6 +63,7 @@ def staged(target: Path, *, step: int | None = None, together: bool = False) -> 
 
     Raises:
         CheckpointWriteError: a full disk, a folder that may not be written to; with ``together`` in all processes.
+        ValueError: ``target`` is a file, or a folder of something else than a checkpoint.
     """
     target = Path(target)
     leads = not together or dist.get_rank() == 0
@@ -68,6 +71,7 @@ def staged(target: Path, *, step: int | None = None, together: bool = False) -> 
     with _agreed(target, job, together):
         if leads:
             restore(target.parent)
+            _check_replaceable(target)
             shutil.rmtree(job.folder, ignore_errors=True)
             job.folder.mkdir(parents=True)
     with _agreed(target, job, together):
@@ -91,20 +95,46 @@ def _publish(job: Staged, manifest: Manifest, target: Path) -> None:
     for folder in {job.folder, *((job.folder / name).parent for name in manifest.files)}:
         _sync_folder(folder)
     before = target.with_name(target.name + _REPLACED)
-    if target.exists():
-        shutil.rmtree(before, ignore_errors=True)
-        os.rename(target, before)
-    os.rename(job.folder, target)
+    while True:
+        if target.exists():
+            shutil.rmtree(before, ignore_errors=True)
+            os.rename(target, before)
+        try:
+            os.rename(job.folder, target)
+            break
+        except OSError:
+            # Another process that looked in between gave the one before its name back.
+            if not target.exists():
+                restore(target.parent)
+                raise
     _sync_folder(target.parent)
-    if before.exists():
-        remove(before)
+    with contextlib.suppress(FileNotFoundError):  # as above
+        if before.exists():
+            remove(before)
     _discard(job.folder)
+
+
+def _is_checkpoint(folder: Path, name: str) -> bool:
+    """Whether a folder is a checkpoint, whole or not, by its name or its manifest, and none of a run's."""
+    if not folder.is_dir() or any(_NAME.fullmatch(path.name) for path in folder.iterdir()):
+        return False
+    return _NAME.fullmatch(name) is not None or (folder / MANIFEST).is_file()
+
+
+def _check_replaceable(target: Path) -> None:
+    if target.exists() and not _is_checkpoint(target, target.name) and (target.is_file() or any(target.iterdir())):
+        raise ValueError(
+            f"{target} exists and is no checkpoint, so it is not replaced; choose another name, such as "
+            f"{target / 'checkpoint-STEP'}."
+        )
 
 
 def restore(run: Path) -> None:
     """Give back its name to a checkpoint that was about to be replaced when the process was killed."""
     for before in run.glob(f"*{_REPLACED}"):
         target = before.with_name(before.name.removesuffix(_REPLACED))
+        if not _is_checkpoint(before, target.name):
+            continue
         with contextlib.suppress(FileNotFoundError):  # another process was faster
             if target.exists():
                 remove(before)

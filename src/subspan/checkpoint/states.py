@@ -11,7 +11,15 @@ from torch.distributed.tensor import DTensor
 
 from subspan.optim.names import canonical_name
 
-__all__ = ["OPTIMIZER_SCHEMA", "is_sharded", "model_tensors", "optimizer_document", "optimizer_state", "state_names"]
+__all__ = [
+    "OPTIMIZER_SCHEMA",
+    "checked_document",
+    "is_sharded",
+    "model_tensors",
+    "optimizer_document",
+    "optimizer_state",
+    "state_names",
+]
 
 #: Version of ``optimizer.json``; what a state itself means is versioned in its origin.
 OPTIMIZER_SCHEMA = 1
@@ -86,6 +94,43 @@ def optimizer_document(
         "values": values,
     }
     return document, tensors
+
+
+def checked_document(document: object) -> dict[str, Any]:
+    """What `optimizer_document` returned, with everything in its place; the values of settings are not looked at.
+
+    Raises:
+        ValueError: a newer format, or another kind of value; for a message that begins with the file.
+    """
+    if not isinstance(document, dict) or not isinstance(document.get("schema"), int):
+        raise ValueError("is no state of an optimizer")
+    if document["schema"] > OPTIMIZER_SCHEMA:
+        raise ValueError(f"has format {document['schema']}, newer than {OPTIMIZER_SCHEMA}; update subspan")
+    groups, origin = document.get("groups"), document.get("origin")
+    fits = isinstance(document.get("optimizer"), str) and isinstance(groups, list) and "origin" in document
+    fits = fits and all(
+        isinstance(group, dict)
+        and isinstance(group.get("settings"), dict)
+        and isinstance(group.get("named"), bool)
+        and _are_names(group.get("params"))
+        for group in groups or ()
+    )
+    if fits and origin is not None:
+        fits = isinstance(origin, dict) and isinstance(origin.get("parts"), dict)
+        fits = fits and isinstance(origin.get("method"), str)
+        fits = fits and all(isinstance(origin.get(key), int) for key in ("schema", "seed", "skipped_steps"))
+    if not fits or not _are_names(document.get("tensors")) or not isinstance(document.get("values"), dict):
+        raise ValueError("is not as a checkpoint has it: some of its parts are missing or of another kind")
+    known = [name for group in document["groups"] for name in group["params"]]
+    keys = [*document["tensors"], *document["values"]]
+    if len(set(known)) < len(known) or (strange := {key.rpartition("/")[0] for key in keys}.difference(known)):
+        named = "a parameter twice" if len(set(known)) < len(known) else f"{sorted(strange)[:5]}, which no group has"
+        raise ValueError(f"is not as a checkpoint has it: it names {named}")
+    return document
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def optimizer_state(

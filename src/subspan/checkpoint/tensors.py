@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -47,8 +48,15 @@ def write_sharded(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def held_tensors(folder: Path) -> dict[str, Held]:
-    """Shapes and dtypes of all tensors in the safetensors files of a folder, from their headers."""
-    found: dict[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    """Shapes and dtypes of all tensors in the safetensors files of a folder, from their headers.
+
+    Raises:
+        ValueError: a file that cannot be read.
+    """
+    try:
+        found: dict[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except (SafetensorError, AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} holds a safetensors file that cannot be read: {error}") from error
     return {name: Held(tuple(entry.size), entry.properties.dtype) for name, entry in found.items()}
 
 

@@ -44,7 +44,7 @@ def add_command(commands: Any, parser_class: Any) -> None:
             package = Literal["galore-torch", "apollo-torch"] | None
             add("--from", type=package, help="package that wrote the file")
             add("--model", type=str, help="with --from: folder of the model with its weights")
-            add("--target_modules", type=str, default="all-linear", help="with --from: which matrices were projected")
+            add("--target_modules", type=str, help="with --from: which matrices were projected (all-linear)")
         else:
             add("path", metavar="RUN_OR_CHECKPOINT", type=str, help="run folder, or one of its checkpoints")
             add("--json", action="store_true", help="print JSON instead of a table")
@@ -87,14 +87,14 @@ def _convert(settings: dict[str, Any]) -> int:
     package, carried = settings["from"], settings["to_method"] is not None or settings["rank"] is not None
     if package is not None and (carried or settings["model"] is None):
         raise ValueError("--from needs --model, and neither --to_method nor --rank: convert its result once more.")
-    if package is None and settings["model"] is not None:
-        raise ValueError("--model is for --from; a checkpoint has its own model.")
+    if package is None and (settings["model"] is not None or settings["target_modules"] is not None):
+        raise ValueError("--model and --target_modules are for --from; a checkpoint has its own model and settings.")
 
     from subspan.checkpoint.single import to_single_file
     from subspan.train import convert
 
     if package is not None:
-        convert.import_foreign(source, target, package, settings["model"], settings["target_modules"])
+        convert.import_foreign(source, target, package, settings["model"], settings["target_modules"] or "all-linear")
     elif carried:
         convert.carry_over(source, target, settings["to_method"], settings["rank"])
     else:

@@ -127,7 +127,8 @@ def _check_settings_files(argv: list[str]) -> None:
 
 
 def _brief(message: str) -> str:
-    """A message without the middle, where a value in it is as long as a file."""
+    """A message without the middle, where a value in it is as long as a file, and without what steers a terminal."""
+    message = "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in message)
     return message if len(message) <= _LONGEST else f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
 
 

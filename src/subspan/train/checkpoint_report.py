@@ -15,17 +15,18 @@ def show_checkpoints(console: Console, described: list[dict[str, Any]]) -> None:
     """Print a line for each checkpoint."""
     table = Table("checkpoint", "step", "method", "rank", "eval loss", "bytes", "layout", "state", box=None)
     table.header_style = "bold"
+    table.columns[0].overflow = "fold"  # its end is what tells them apart
     for entry in described:
         loss = entry.get("eval_loss")
-        state = "[green]whole[/]" if entry["ok"] else f"[red]{escape('; '.join(entry['problems']))}[/]"
+        state = "[green]whole[/]" if entry["ok"] else f"[red]{_safe('; '.join(entry['problems']))}[/]"
         table.add_row(
-            escape(entry["folder"]),
+            _safe(entry["folder"]),
             str(entry.get("step", "")),
-            escape(str(entry.get("method") or entry.get("optimizer") or "-")),
+            _safe(str(entry.get("method") or entry.get("optimizer") or "-")),
             _ranks(entry),
             "" if loss is None else f"{loss:.4f}{' (best)' if entry['best'] else ''}",
             f"{entry.get('bytes', 0):,}",
-            escape(str(entry.get("layout", ""))),
+            _safe(str(entry.get("layout", ""))),
             state,
         )
     console.print(table)
@@ -38,15 +39,15 @@ def show_checkpoint(console: Console, entry: dict[str, Any]) -> None:
         return
     files = Table("file", "bytes", box=None, header_style="bold")
     for name, size in entry["files"].items():
-        files.add_row(escape(name), f"{size:,}")
+        files.add_row(_safe(name), f"{size:,}")
     table = Table("parameter", "shape", "state", "state bytes", box=None, header_style="bold")
     for parameter in entry["parameters"]:
         state = parameter["state"]
         shown = [f"{key} {_size(value)}" for key, value in state.items() if value["shape"]]
         table.add_row(
-            escape(parameter["name"]),
+            _safe(parameter["name"]),
             _size(parameter) if "shape" in parameter else "",
-            escape(", ".join(shown)),
+            _safe(", ".join(shown)),
             f"{sum(value['bytes'] for value in state.values()):,}",
         )
     for part in (files, table):
@@ -55,10 +56,15 @@ def show_checkpoint(console: Console, entry: dict[str, Any]) -> None:
     if entry.get("parts"):
         console.print()
         parts = ", ".join(str(part) for part in entry["parts"].values() if part != "None")
-        console.print(f"{entry['optimizer']}: {parts}, seed {entry['seed']}", markup=False, highlight=False)
+        console.print(_safe(f"{entry['optimizer']}: {parts}, seed {entry['seed']}"), highlight=False)
     for group in entry.get("groups", []):
         settings = ", ".join(f"{key}={value}" for key, value in group.items() if value is not None)
-        console.print(settings, markup=False, highlight=False)
+        console.print(_safe(settings), highlight=False)
+
+
+def _safe(text: str) -> str:
+    """Text from a file without markup, and with what would steer the terminal written out."""
+    return escape("".join(char if char.isprintable() else ascii(char)[1:-1] for char in text))
 
 
 def _size(tensor: dict[str, Any]) -> str:

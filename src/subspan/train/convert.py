@@ -34,7 +34,7 @@ def carry_over(source: Path, target: Path, method: str | None, rank: int | None)
         ValueError: ``source`` is not whole, or a method or a rank that cannot be.
     """
     manifest = verify(source).raise_if_bad()
-    check_free(target)
+    check_free(target, manifest.step)
     settings = source.resolve().parent / "config.yaml"
     if not settings.is_file():
         raise FileNotFoundError(

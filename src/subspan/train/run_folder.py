@@ -70,7 +70,7 @@ class RunFolder:
     def processes(self) -> int:
         """Processes that the run was started with."""
         file = self.path / VERSIONS_FILE
-        return launched() if self.checkpoint is None else int(_read(file).get("processes", 1))
+        return launched() if self.checkpoint is None else _count(file, _read(file).get("processes", "1"))
 
     def check(self, config: PretrainConfig, data: TextData) -> list[str]:
         """Compare the settings, the data and the library versions with those of the run so far; writes nothing.
@@ -112,7 +112,23 @@ class RunFolder:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError) as error:
+        content = error
+    if not isinstance(content, dict):
+        found = content if isinstance(content, Exception) else f"it holds a {type(content).__name__}"
+        raise ValueError(
+            f"{file} cannot be used ({found}), so the run cannot be compared with how it was started. Bring the file "
+            "back, or start a new run from a checkpoint with --carry_over and another --output."
+        )
+    return content
+
+
+def _count(file: Path, value: object) -> int:
+    if not str(value).isdecimal() or int(str(value)) < 1:
+        raise ValueError(f"{file} says processes={value!r}; it must be a number of processes, such as '1'.")
+    return int(str(value))
 
 
 def _changed(file: Path, now: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, tuple[Any, Any]]:
