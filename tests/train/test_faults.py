@@ -47,6 +47,31 @@ def test_a_step_without_a_finite_loss_changes_nothing(tmp_path: Path, monkeypatc
     assert [line["loss"] is None for line in metrics(tmp_path / "run") if "loss" in line] == [0, 0, 1, 1, 0]
 
 
+@pytest.mark.parametrize("gradient", ["full", "fused"])
+def test_an_infinite_gradient_makes_no_steps_of_momentum(
+    gradient: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clipping by an infinite norm would leave zeros of the other gradients, and step with those."""
+    seen: list[torch.Tensor] = []
+    original = PretrainTrainer.training_step
+
+    def training_step(self: PretrainTrainer, *args: Any, **kwargs: Any) -> Any:
+        norm = self.network.get_parameter("model.norm.weight")
+        seen.append(norm.detach().clone())
+        loss = original(self, *args, **kwargs)
+        if self.state.global_step == 5:
+            head = self.network.get_parameter("lm_head.weight")
+            assert head.grad is not None
+            head.grad[0, 0] = torch.inf
+        return loss
+
+    monkeypatch.setattr(PretrainTrainer, "training_step", training_step)
+    summary = run(tmp_path, max_grad_norm=1.0, gradient=gradient)
+    same = [step for step, (before, after) in enumerate(itertools.pairwise(seen)) if torch.equal(before, after)]
+    assert same == [0, 5]  # the first step has a rate of zero
+    assert summary.skipped_steps > 1
+
+
 def test_too_many_in_a_row_end_the_run_with_its_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scale_loss(monkeypatch, dict.fromkeys(range(5, 12), float("nan")))
     with pytest.raises(FloatingPointError, match=r"the loss was not finite in 4 steps in a row, up to step 9\..*--lr"):

@@ -331,7 +331,9 @@ class LowRankOptimizer(Executor):
                 "max_grad_norm to 0, or leave fuse_into_backward() out"
             )
         norm = self.grad_norm()
-        factor = torch.tensor(max_norm / (norm.value + 1e-6)).clamp(max=1.0)
+        # By an infinite norm finite gradients would become zeros, and steps be of momentum alone: all are left out.
+        finite = math.isfinite(norm.value)
+        factor = torch.tensor(max_norm / (norm.value + 1e-6) if finite else math.nan).clamp(max=1.0)
         for parameter in self._with_grad():
             assert parameter.grad is not None
             parameter.grad.mul_(factor.to(parameter.device))

@@ -10,7 +10,9 @@ import time
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -99,9 +101,8 @@ class PretrainTrainer(SavingTrainer):
         optimizer = super().create_optimizer(*args, **kwargs)
         if created:
             check_optimizer(optimizer, self.config, self.network)
-            if self._norm_is_ours():
-                # The Trainer's own way to clip sees none of the gradients that were taken in backward.
-                self.accelerator.clip_grad_norm_ = self._clip_fused
+            # The Trainer's own way to clip sees none of the gradients that were taken in backward.
+            self.accelerator.clip_grad_norm_ = self._clip_fused if self._norm_is_ours() else self._clip_whole
             if self._is_sharded():
                 # Else it would wrap a model that is divided already.
                 self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
@@ -114,6 +115,17 @@ class PretrainTrainer(SavingTrainer):
             return True
         wrapped = self.processes.size > 1 and not self._is_sharded()
         return wrapped and reduction(self.config, self.low_rank_optimizer) == "projected"
+
+    def _clip_whole(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Any:
+        parameters = [parameter for parameter in parameters if parameter.grad is not None]
+        norm = Accelerator.clip_grad_norm_(self.accelerator, parameters, max_norm, norm_type)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if not math.isinf(max_norm) and norm is not None and math.isinf(float(norm)):
+            # Divided by an infinite norm the other gradients would be zeros, and steps be made of momentum alone.
+            for parameter in parameters:
+                parameter.grad.fill_(math.nan)
+        return norm
 
     def _clip_fused(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         optimizer = self.low_rank_optimizer
