@@ -22,6 +22,7 @@ from contract.cases import (
     set_gradients,
     train,
 )
+from subspan.optim import create_optimizer
 
 # A rounded basis is not orthogonal to what it is meant to leave out.
 ORTHONORMAL = [
@@ -321,3 +322,17 @@ def test_huge_gradients_move_the_weights_or_count_as_skipped(case: Case, size: f
         assert optimizer.skipped_steps == 0 and still == 0
     elif case.projects:
         assert still <= optimizer.skipped_steps
+
+
+def test_rotated_moments_are_not_divided_by_nothing() -> None:
+    """Where gradients have fewer directions than the rank, GoLore's rotation meets second moments that are zero."""
+    p = torch.nn.Parameter(torch.zeros(20, 30))
+    optimizer = create_optimizer(
+        "golore", [{"params": [p], "rank": 8}], lr=1.0, scale=1.0, update_proj_gap=2, golore_after=100
+    )
+    for step in range(12):
+        generator = torch.Generator().manual_seed(step)
+        p.grad = torch.randn(20, 2, generator=generator) @ torch.randn(2, 30, generator=generator)
+        before = p.detach().clone()
+        optimizer.step()
+        assert float((p - before).abs().max()) < 100  # 1e8 were they divided

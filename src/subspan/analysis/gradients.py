@@ -23,7 +23,7 @@ from subspan.train.config import PretrainConfig
 from subspan.train.data import StreamedDataset, TextData, load_data
 from subspan.train.presets import build_model
 from subspan.train.pretrain import build_trainer, load_run
-from subspan.train.run_folder import RunFolder
+from subspan.train.run_folder import RunFolder, started_with
 
 __all__ = ["GradientSample", "batch_gradients", "projected_names", "repeated_gradients", "run_data"]
 
@@ -156,6 +156,10 @@ def repeated_gradients(
     model_path = str(start.path) if start else config.model
     tokenizer = str(source.checkpoints[-1].path)
     settings = dataclasses.replace(config, model=model_path, tokenizer=tokenizer, report_to="none", resume="none")
+    if start is None:
+        # As many sequences in a step; a run that continues sees to it by itself.
+        processes = started_with(source.checkpoints[-1].path.parent)
+        settings = dataclasses.replace(settings, grad_accumulation=settings.grad_accumulation * processes)
     quiet = Console(file=io.StringIO())
     with tempfile.TemporaryDirectory() as scratch:
         try:

@@ -70,8 +70,9 @@ class RotateFirst(Transport):
         for key, spec in specs.items():
             if spec.moment == 1:
                 state[key] = overlap @ state[key]
-                for there in known:
-                    state[key] *= there
+                for there in known:  # rows that a larger rank adds get second moments afterwards
+                    rows = min(there.shape[-2], state[key].shape[-2])
+                    state[key][..., :rows, :] *= there[..., :rows, :]
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,35 @@ from subspan.train.lock import LOCK_FILE, RunLock
 from subspan.train.processes import launched
 from subspan.train.trainer import CHECKPOINT, PROGRESS_FILE
 
-__all__ = ["RunFolder", "check_space", "claim", "data_fingerprint", "open_run_folder", "run_path", "shared_batch"]
+__all__ = [
+    "RunFolder",
+    "check_space",
+    "claim",
+    "data_fingerprint",
+    "open_run_folder",
+    "run_path",
+    "shared_batch",
+    "started_with",
+]
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 VERSIONS_FILE = "versions.json"
 DATA_FILE = "data.json"
 _LIBRARIES = ("subspan", "torch", "transformers", "accelerate", "tokenizers", "datasets", "safetensors")
+
+
+def started_with(run: Path) -> int:
+    """Return the number of processes that a run was started with.
+
+    Args:
+        run: its folder.
+
+    Raises:
+        ValueError: the file that says so cannot be used.
+    """
+    file = run / VERSIONS_FILE
+    return _count(file, _read(file).get("processes", "1"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +91,7 @@ class RunFolder:
     @property
     def processes(self) -> int:
         """Processes that the run was started with."""
-        file = self.path / VERSIONS_FILE
-        return launched() if self.checkpoint is None else _count(file, _read(file).get("processes", "1"))
+        return launched() if self.checkpoint is None else started_with(self.checkpoint.parent)
 
     def check(self, config: PretrainConfig, data: TextData) -> list[str]:
         """Compare the settings, the data and the library versions with those of the run so far; writes nothing.
