@@ -69,15 +69,17 @@ class MetricsFile:
 
     @staticmethod
     def read(path: Path) -> list[dict[str, Any]]:
-        """Return the lines of a file, none when there is no file; a last line cut short by a kill is left out."""
+        """Return the lines of a file, none when there is no file; one cut short by a kill or damaged is left out."""
         lines: list[dict[str, Any]] = []
         if not path.exists():
             return lines
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
+                values = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(values, dict) and "step" in values:
+                lines.append(values)
         return lines
 
     def write(self, line: dict[str, Any]) -> None:
