@@ -84,10 +84,10 @@ def train(
     case: str, model: nn.Module, kind: str, rank: int = 0, world: int = 1
 ) -> tuple[list[float], LowRankOptimizer]:
     optimizer, losses = build(case, model), []
-    dtype = next(model.parameters()).dtype
+    dtype, device = (first := next(model.parameters())).dtype, first.device
     for x, y in batches(kind):
         share = len(x) // world
-        x, y = (part[rank * share : (rank + 1) * share] for part in (x, y))
+        x, y = (part[rank * share : (rank + 1) * share].to(device) for part in (x, y))
         loss = nn.functional.cross_entropy(model(x.to(dtype)).float(), y)
         loss.backward()
         optimizer.step()
@@ -99,8 +99,8 @@ def train(
     return losses, optimizer
 
 
-def divided(model: nn.Sequential, shape: tuple[int, ...]) -> nn.Sequential:
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+def divided(model: nn.Sequential, shape: tuple[int, ...], device: str = "cpu") -> nn.Sequential:
+    mesh = init_device_mesh(device, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     for layer in model:
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
@@ -144,6 +144,20 @@ def test_divided_trains_as_whole(shape: tuple[int, ...], tmp_path: Path) -> None
         bound = 1e-2 if dtype == torch.bfloat16 else 1e-5
         worst = max(abs(loss - other) / other for loss, other in zip(losses, expected, strict=True))
         assert worst < bound, (dtype, kind, case, worst)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_divided_trains_as_whole_on_a_device(tmp_path: Path) -> None:
+    """NCCL in place of gloo; one process, since one device is all that may be there."""
+    dist.init_process_group("nccl", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
+    try:
+        for case in CASES:
+            losses, _ = train(case, divided(network(torch.float32).cuda(), (1,), "cuda"), "above")
+            expected, _ = train(case, network(torch.float32).cuda(), "above")
+            assert max(abs(loss - other) / other for loss, other in zip(losses, expected, strict=True)) < 1e-4, case
+    finally:
+        dist.destroy_process_group()
 
 
 def checks(rank: int, world: int, folder: str) -> None:
