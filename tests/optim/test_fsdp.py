@@ -147,7 +147,6 @@ def test_divided_trains_as_whole(shape: tuple[int, ...], tmp_path: Path) -> None
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_divided_trains_as_whole_on_a_device(tmp_path: Path) -> None:
     """NCCL in place of gloo; one process, since one device is all that may be there."""
     dist.init_process_group("nccl", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
