@@ -89,13 +89,15 @@ def truncated_sketch(problem: FixedPrecision) -> AdaptiveResult:
         columns = min(step, max(_NARROWEST, math.ceil(missing)), limit - space.width)
         space.grow(columns)
         before, outside = outside, space.residual()
-    if space.width == short and (problem.tight or not problem.met(outside)):
+    leading = _Eigenbasis(problem, space.Q, space.W, outside)
+    rank = min(leading.rank(), problem.max_rank)
+    if space.width == short and (problem.tight or not problem.met(outside) or rank == short):
         # As many columns as A has directions, yet some are missing, which were all but rounding where the blocks looked
         # for them.
         space.iterate()
-        outside = space.residual()
-    leading = _Eigenbasis(problem, space.Q, space.W, outside)
-    return leading.cut(min(leading.rank(), problem.max_rank))
+        leading = _Eigenbasis(problem, space.Q, space.W, space.residual())
+        rank = min(leading.rank(), problem.max_rank)
+    return leading.cut(rank)
 
 
 def _blocks_to(target: Tensor, before: Tensor, after: Tensor) -> float:

@@ -204,15 +204,12 @@ class Refreshing(StoredOptimizer):
     def _folded_from(self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Folded:
         state = self._ensure_state(name, parameter, group)
         G = oriented(gradient, self._right(parameter, group))
-        if name in self._slots:
-            Omega = self._slots[name].draw(G)
-        else:
+        if name not in self._slots:
             self._begin(name, parameter, G, group)
-            geometry = self._geometry(name, parameter, group, state)
-            assert geometry is not None
-            Omega = self._test_matrix(name, G, state, geometry, group)
         geometry = self._geometry(name, parameter, group, state)
         assert geometry is not None
+        held = self._slots.get(name)
+        Omega = self._test_matrix(name, G, state, geometry, group) if held is None else held.draw(G)
         tensors = gather_state(self._held_subspace(geometry, group), [state])
         return fold(G, self.method.projection(tensors, geometry), Omega)
 
