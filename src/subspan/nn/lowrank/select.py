@@ -1,0 +1,90 @@
+"""Which linear layers of a model get weights of low rank: by name, or as attention, MLP and logit layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from subspan.nn.quantised import is_conv1d
+from subspan.optim import param_groups
+from subspan.optim.names import canonical_name
+from subspan.optim.param_groups import output_heads
+
+__all__ = ["KINDS", "layer_kind", "select_layers"]
+
+#: Words that ``target_modules`` may join with ``+``, with parts of the names of such modules.
+KINDS = {
+    "attention": ("attn", "attention"),
+    "mlp": ("mlp", "ffn", "feed_forward", "feedforward"),
+    "logit": (),
+}
+
+
+def layer_kind(model: nn.Module, name: str, module: nn.Module) -> str | None:
+    """``attention``, ``mlp`` or ``logit``: what a linear layer of a transformer belongs to; None for other layers.
+
+    Example:
+        >>> layer_kind(nn.Module(), "model.layers.0.self_attn.q_proj", nn.Linear(4, 4))
+        'attention'
+    """
+    if getattr(module, "weight", None) in output_heads(model):
+        return "logit"
+    return next((kind for kind, parts in KINDS.items() if any(part in name.lower() for part in parts)), None)
+
+
+def select_layers(
+    model: nn.Module, target_modules: str | Sequence[str] = "all-linear", exclude: str | Sequence[str] = ()
+) -> dict[str, nn.Module]:
+    """The linear layers of a model that are meant, by name.
+
+    Args:
+        model: the model.
+        target_modules: ``all-linear`` (heads are not in it), a regular expression, or a list of parts of names, as for
+            `subspan.optim.param_groups`; or some of ``attention``, ``mlp`` and ``logit`` joined by ``+``.
+        exclude: names that are left out, as there.
+
+    Raises:
+        ValueError: nothing is meant, or something that is no linear layer.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+        >>> [name.rpartition(".")[2] for name in select_layers(model, "mlp+logit")]
+        ['gate_proj', 'up_proj', 'down_proj', 'lm_head']
+    """
+    modules = {name: module for name, module in model.named_modules() if _is_plain(module)}
+    words = target_modules.split("+") if isinstance(target_modules, str) else []
+    if words and all(word in KINDS for word in words):
+        chosen = [name for name, module in modules.items() if layer_kind(model, name, module) in words]
+        for word in words:
+            if not any(layer_kind(model, name, modules[name]) == word for name in chosen):
+                raise ValueError(
+                    f"target_modules={target_modules!r}: {type(model).__name__} has no linear layer that is "
+                    f"recognised as {word}; name its layers, or give a regular expression"
+                )
+        if exclude:
+            out = _named(model, modules, ".*", exclude)
+            chosen = [name for name in chosen if name in out]
+    else:
+        chosen = _named(model, modules, target_modules, exclude)
+    if not chosen:
+        raise ValueError(
+            f"target_modules={target_modules!r}, exclude={exclude!r} leave no linear layer of {type(model).__name__}; "
+            "only nn.Linear and Conv1D can have weights of low rank"
+        )
+    return {name: modules[name] for name in chosen}
+
+
+def _named(
+    model: nn.Module, modules: dict[str, nn.Module], target: str | Sequence[str], exclude: str | Sequence[str]
+) -> list[str]:
+    groups = param_groups(model, rank=1, target_modules=target, exclude=exclude)
+    names = {name for name, _ in groups[0]["params"]}
+    return [name for name in modules if canonical_name(f"{name}.weight" if name else "weight") in names]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether this is a linear layer that does no more than multiply by its weight."""
+    return type(module) is nn.Linear or is_conv1d(module)

@@ -1,0 +1,111 @@
+"""A model whose weights are of low rank: its layers, and what happens to them between two steps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from subspan.linalg import seeded_generator
+from subspan.nn.lowrank.layer import LowRankLayer, merge_layers
+
+__all__ = ["LowRankWeights", "WeightRecipe"]
+
+#: The learning rate at a step, as a share of the peak.
+Rate = Callable[[int], float]
+
+
+class LowRankWeights:
+    """Holds the low-rank layers of a model and does to them what their recipe says, between the steps.
+
+    It has no state of its own: what it does follows from the number of the step, what it draws from the seed, the name
+    of a layer and the step, and what lasts is in the layers, so that a model that is saved in the middle of a cycle
+    continues bit by bit.
+
+    A training loop::
+
+        for step in range(steps):
+            weights.begin_step(step)
+            loss(model, batch).backward()
+            optimizer.step()
+            weights.end_step(step, optimizer)
+            optimizer.zero_grad()
+
+    Args:
+        model: the model.
+        layers: its low-rank layers by name.
+        seed: of all that is drawn.
+    """
+
+    def __init__(self, model: nn.Module, layers: dict[str, LowRankLayer], seed: int = 0) -> None:
+        self.model, self.layers, self.seed = model, layers, seed
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        """What is trained in place of the matrices, by name in the model."""
+        return {
+            f"{name}.{key}" if name else key: parameter
+            for name, layer in self.layers.items()
+            for key, parameter in layer.factors().items()
+        }
+
+    def begin_step(self, step: int) -> None:
+        """Before the forward pass of step ``step`` (0 is the first one)."""
+
+    def end_step(self, step: int, optimizer: torch.optim.Optimizer) -> list[str]:
+        """After the optimizer has done step ``step``, before gradients are forgotten.
+
+        Returns:
+            What was done, in words, for the log; nothing in most steps.
+        """
+        return []
+
+    def rate(self, step: int, schedule: Rate) -> float:
+        """The learning rate at a step, where ``schedule`` gives it without regard to what happens to the weights."""
+        return schedule(step)
+
+    def merge(self) -> list[str]:
+        """Turn the model into an ordinary one that computes the same; returns the names of the layers."""
+        return merge_layers(self.model)
+
+    def generator(self, name: str, step: int) -> torch.Generator:
+        """What is drawn for a layer at a step (-1: before the first one) comes from here."""
+        return seeded_generator(self.seed, "weights", name, step)
+
+
+@dataclass(frozen=True)
+class WeightRecipe(ABC):
+    """The settings of a way to hold weights in low rank; a recipe is a frozen dataclass with the paper's defaults."""
+
+    #: Registry name, the paper's title of it, its arXiv number, and one line.
+    name: ClassVar[str]
+    title: ClassVar[str]
+    arxiv: ClassVar[str]
+    summary: ClassVar[str]
+
+    @abstractmethod
+    def apply(
+        self,
+        model: nn.Module,
+        *,
+        target_modules: str | Sequence[str] = "all-linear",
+        exclude: str | Sequence[str] = (),
+        steps: int | None = None,
+        seed: int = 0,
+    ) -> LowRankWeights:
+        """Replace linear layers of a model, in place.
+
+        On the meta device nothing is drawn.
+
+        Args:
+            model: the model.
+            target_modules, exclude: which layers, see `select_layers`.
+            steps: of the whole run, where a default depends on it.
+            seed: of all that is drawn.
+
+        Raises:
+            ValueError: settings that do not fit the model, or no such layer.
+        """
