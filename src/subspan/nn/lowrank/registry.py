@@ -6,12 +6,13 @@ import dataclasses
 from typing import Any
 
 from subspan.nn.lowrank.heads import MultiHeadLoRA
+from subspan.nn.lowrank.lte import LTE
 from subspan.nn.lowrank.weights import WeightRecipe
 from subspan.optim.groups import unknown_setting
 
 __all__ = ["list_weights", "weight_recipe", "weight_recipe_class"]
 
-_RECIPES: dict[str, type[WeightRecipe]] = {recipe.name: recipe for recipe in (MultiHeadLoRA,)}
+_RECIPES: dict[str, type[WeightRecipe]] = {recipe.name: recipe for recipe in (MultiHeadLoRA, LTE)}
 
 
 def list_weights() -> list[str]:
