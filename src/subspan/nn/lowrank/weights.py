@@ -57,7 +57,7 @@ class LowRankWeights:
         """Before the forward pass of step ``step`` (0 is the first one)."""
 
     def before_step(self, step: int) -> None:
-        """When the gradients of step ``step`` are there, before they are clipped."""
+        """When the gradients of step ``step`` are there and summed up, before they are clipped."""
 
     def end_step(self, step: int, optimizer: torch.optim.Optimizer) -> list[str]:
         """After the optimizer has done step ``step``, before gradients are forgotten.
