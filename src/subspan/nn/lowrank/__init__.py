@@ -2,6 +2,7 @@
 
 from subspan.nn.lowrank.heads import HeadsLinear, MultiHeadLoRA
 from subspan.nn.lowrank.layer import LowRankLayer, add_product_, low_rank_layers, merge_layers
+from subspan.nn.lowrank.peft_layers import PeftLayer, PeftRestarts, peft_layers, restart_peft
 from subspan.nn.lowrank.periodic_lora import PeriodicLinear, PeriodicLoRA
 from subspan.nn.lowrank.registry import list_weights, weight_recipe, weight_recipe_class
 from subspan.nn.lowrank.relora import ReLoRA, RestartedLinear
@@ -20,6 +21,8 @@ __all__ = [
     "MagnitudePrune",
     "MultiHeadLoRA",
     "Never",
+    "PeftLayer",
+    "PeftRestarts",
     "PeriodicLinear",
     "PeriodicLoRA",
     "RandomPrune",
@@ -36,6 +39,8 @@ __all__ = [
     "list_weights",
     "low_rank_layers",
     "merge_layers",
+    "peft_layers",
+    "restart_peft",
     "select_layers",
     "weight_recipe",
     "weight_recipe_class",

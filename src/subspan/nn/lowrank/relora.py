@@ -16,7 +16,7 @@ from subspan.nn.lowrank.select import select_layers
 from subspan.nn.lowrank.state_transform import MagnitudePrune, RandomPrune, ResetState, StateTransform
 from subspan.nn.lowrank.weights import WeightRecipe
 
-__all__ = ["PeriodicLinear", "PeriodicLoRA", "ReLoRA", "RestartedLinear"]
+__all__ = ["ReLoRA", "RestartedLinear"]
 
 
 class RestartedLinear(HeadsLinear):
