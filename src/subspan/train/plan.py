@@ -98,8 +98,8 @@ def plan_recipe(settings: PlanSettings) -> Recipe:
     config = _config(settings)
     if settings.adapter in _UNPLANNED:
         raise ValueError(
-            f"adapter is {settings.adapter!r}, which computes with its first values, so that peft cannot make it without "
-            "memory: train with --measure_memory true to see what it takes."
+            f"adapter is {settings.adapter!r}, which computes with its first values, so that peft cannot make it "
+            "without memory: train with --measure_memory true to see what it takes."
         )
     if settings.method not in BASELINES:
         check_settings(config, settings.world_size)
