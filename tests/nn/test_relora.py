@@ -188,6 +188,23 @@ def test_lazy_adapters_come_in_the_last_steps() -> None:
     assert [step for step in range(99) if weights.when.due(step)] == [90]
 
 
+def test_the_rank_of_the_sum_grows() -> None:
+    model = network()
+    W = model[0].weight.detach().clone()
+    weights = ReLoRA(rank=2, restart_every=5, rewarm=0).apply(model)
+    train(weights, AdamW(named(model), weight_decay=0.0), 0, 14)
+    change = weights.layers["0"].effective_weight() - W
+    assert torch.linalg.matrix_rank(change, rtol=1e-4) == 6  # two restarts
+
+
+def test_the_first_factors() -> None:
+    layer = RestartedLinear(nn.Linear(100, 8), rank=64, scale=1.0)
+    layer.reset_(torch.Generator().manual_seed(0))
+    A = layer.lora_A.detach() * 100**0.5
+    assert not layer.lora_B.any() and A.abs().max() <= 1
+    assert float(A.mean()) == pytest.approx(0, abs=0.02) and float(A.var()) == pytest.approx(1 / 3, abs=0.01)
+
+
 def test_momentum_unloads_everything_in_the_end() -> None:
     """What is in W and what is to come of it is the sum of all s·BA, although M has only r terms."""
     mu, rank = 0.5, 3

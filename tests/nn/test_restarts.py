@@ -25,7 +25,7 @@ from subspan.nn.lowrank import (
 )
 from subspan.nn.lowrank.state_transform import transform_state
 from subspan.nn.lowrank.weights import LowRankWeights
-from subspan.optim import AdamW, GaLore
+from subspan.optim import AdamW, GaLore, GoLore
 
 
 def test_when() -> None:
@@ -182,6 +182,15 @@ def test_a_projected_factor_is_refreshed_when_it_would_have_been() -> None:
     transform_state(optimizer, layer.weight, MagnitudePrune(0.9), torch.Generator())
     assert int(state["step"]) == 0 and int(state["next_refresh"]) == left
     assert (state["exp_avg_sq"] == 0).float().mean() > 0.85
+
+
+def test_a_method_that_counts_steps_is_refused() -> None:
+    layer = nn.Linear(32, 16, bias=False)
+    optimizer = GoLore(layer, rank=4, golore_after=20)
+    layer(torch.randn(64, 32)).square().mean().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="golore changes its subspaces after a number of steps"):
+        transform_state(optimizer, layer.weight, ResetState(), torch.Generator())
 
 
 def test_optimizers_that_are_not_understood() -> None:
