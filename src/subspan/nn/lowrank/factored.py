@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from subspan.linalg import exact_basis, randomized_svd
+from subspan.linalg import canonical_signs, exact_basis, randomized_svd
 from subspan.nn.lowrank.layer import LowRankLayer, replace_module
 from subspan.nn.lowrank.moments import carry_moments, reset_moments
 from subspan.nn.lowrank.select import check_untied, select_layers
@@ -148,6 +148,8 @@ class FactoredLinear(LowRankLayer):
         if not core.isfinite().all():
             raise ValueError("a factor has a NaN or an infinity: the run has diverged; lower the learning rate")
         X, S, Yh = torch.linalg.svd(core)
+        signs = canonical_signs(X)
+        X, Yh = X * signs, Yh * signs.mT
         if not S[0] > 0:
             return None
         right = _right_sizes(S)

@@ -55,8 +55,9 @@ def carry_moments(
 ) -> None:
     """Carry moments to other coordinates, in which a gradient G is left·G·right.
 
-    M <- left·M·right, and V <- max(left²·V·right², M²) with the squares of the entries. The products are the second
-    moment where entries have no correlation, M² the least that it can be where they have.
+    M <- left·M·right, and V <- max(left²·V·right², M²/c) with the squares of the entries. The products are the second
+    moment where entries have no correlation. Where they have, V stays above M²/c, c = (1−β1)²/((1−β2)(1−β1²/β2)), as
+    it does for any gradients. (Above M² itself early second moments would be far too large, and stay so.)
 
     Args:
         optimizer, name, parameter: whose moments.
@@ -70,7 +71,9 @@ def carry_moments(
         if right is not None:
             moments[key] = moment @ right.pow(exponent).to(moment.dtype)
     if "exp_avg_sq" in moments:
-        moments["exp_avg_sq"] = torch.maximum(moments["exp_avg_sq"], moments["exp_avg"].square())
+        beta1, beta2 = _group(optimizer, parameter)["betas"]
+        least = (1 - beta2) * (1 - beta1**2 / beta2) / (1 - beta1) ** 2 if beta1**2 < beta2 else 0.0
+        moments["exp_avg_sq"] = torch.maximum(moments["exp_avg_sq"], least * moments["exp_avg"].square())
     write_moments(optimizer, name, parameter, moments)
 
 
@@ -90,8 +93,7 @@ def _specs(optimizer: torch.optim.Optimizer, name: str, parameter: Tensor) -> di
     shape, dtype = tuple(parameter.shape), state_dtype(parameter)
     specs = {key: StateSpec(shape, dtype) for key in (*FIRST, *SECOND) if isinstance(state.get(key), Tensor)}
     if isinstance(optimizer, LowRankOptimizer) and specs:
-        group = next(group for group in optimizer.param_groups if any(parameter is p for p in group["params"]))
-        declared = optimizer.method.dense_moments(shape, dtype, group)
+        declared = optimizer.method.dense_moments(shape, dtype, _group(optimizer, parameter))
         specs = {key: declared.get(key, spec) for key, spec in specs.items()}
     known = {"step", *(held for key, spec in specs.items() for held in spec.stored(key))}
     if foreign := [key for key, value in state.items() if key not in known and value is not None]:
@@ -100,3 +102,7 @@ def _specs(optimizer: torch.optim.Optimizer, name: str, parameter: Tensor) -> di
             "factors; train factors with AdamW, or rebalance and reset nothing"
         )
     return specs
+
+
+def _group(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
+    return next(group for group in optimizer.param_groups if any(parameter is p for p in group["params"]))
