@@ -89,6 +89,9 @@ class WeightRecipe(ABC):
     title: ClassVar[str]
     arxiv: ClassVar[str]
     summary: ClassVar[str]
+    #: Whether several processes can train it, each with a copy (DistributedDataParallel), and divided (fully_shard).
+    ddp: ClassVar[bool] = True
+    shards: ClassVar[bool] = False
 
     @abstractmethod
     def apply(
