@@ -98,10 +98,16 @@ def traced(recipe: WeightRecipe, dtype: torch.dtype, *, simulate: bool, width: i
     def steps(model: nn.Module) -> Timeline:
         optimizer = AdamW(model.named_parameters(), lr=1e-3)
         x = torch.zeros(4, width, dtype=dtype)
-        return trace_training(model, optimizer, lambda: model(x).square().mean())
+
+        def step() -> None:
+            weights.before_step(0)
+            optimizer.step()
+            weights.end_step(0, optimizer)
+
+        return trace_training(model, optimizer, lambda: model(x).square().mean(), step=step)
 
     model = network(width, device="meta" if simulate else None).to(dtype)
-    recipe.apply(model)
+    weights = recipe.apply(model)
     if not simulate:
         return steps(model)
     with simulated("cpu"):

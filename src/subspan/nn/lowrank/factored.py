@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from subspan.linalg import canonical_signs, exact_basis, randomized_svd
 from subspan.nn.lowrank.layer import LowRankLayer, replace_module
-from subspan.nn.lowrank.moments import carry_moments, reset_moments
+from subspan.nn.lowrank.moments import carry_moments
 from subspan.nn.lowrank.select import check_untied, select_layers
+from subspan.nn.lowrank.state_transform import ResetState, transform_state
 from subspan.nn.lowrank.weights import LowRankWeights, WeightRecipe
 
 __all__ = ["Factored", "FactoredLinear", "FactoredWeights"]
@@ -201,7 +202,7 @@ class FactoredWeights(LowRankWeights):
             done.append(f"factors of {len(self.layers)} layers balanced")
         if reset or (balance and self.recipe.moments == "reset"):
             for name, factor in self.factors().items():
-                reset_moments(optimizer, name, factor)
+                transform_state(optimizer, factor, ResetState(), self.generator(name, step))
             done.append("moments of the factors reset")
         return done
 
