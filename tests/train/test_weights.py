@@ -127,6 +127,18 @@ def test_an_adapter_continues_bit_exactly_and_is_merged(tmp_path: Path, monkeypa
     torch.testing.assert_close(ordinary.lm_head.weight, base.lm_head.weight, rtol=0, atol=0)
 
 
+def test_an_adapter_is_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = low_rank("relora", adapter="lora", adapter_settings={"r": 4})
+    changes["weight_settings"] = {"restart_every": 4, "rewarm": 2}
+    assert_continues(tmp_path, monkeypatch, changes)
+    assert any("restart 1: 7 layers" in str(line.get("weights")) for line in metrics(tmp_path / "cut"))
+    merged = merge_run(tmp_path / "cut")
+    trained = trained_model(tmp_path / "whole" / "checkpoint-8")
+    ordinary = AutoModelForCausalLM.from_pretrained(merged.output)
+    torch.testing.assert_close(logits(ordinary), logits(trained), rtol=1e-5, atol=1e-5)
+    assert_planned(tmp_path, **{name: changes[name] for name in ("weights", "weight_settings", "adapter")})
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "amp"])
 def test_other_precisions_continue_bit_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
     assert_continues(tmp_path, monkeypatch, low_rank("lte", dtype=dtype, grad_accumulation=2))
@@ -207,8 +219,7 @@ def assert_planned(folder: Path, **changes: Any) -> None:
     torch.testing.assert_close(logits(weights.model), before, rtol=close, atol=close)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", list_weights())
+@pytest.mark.parametrize(("name", "dtype"), [("mhlora", "bfloat16"), *((name, "float32") for name in list_weights())])
 def test_planned_bytes_are_those_of_a_run(tmp_path: Path, name: str, dtype: str) -> None:
     assert_planned(tmp_path, weights=name, weight_settings=small(name), dtype=dtype)
 
@@ -331,7 +342,7 @@ def test_a_killed_run_of_which_only_the_summary_is_missing(tmp_path: Path, monke
         ({"adapter": "lora", "adapter_settings": {"target_modules": "all"}}, "give --target_modules instead"),
         ({"adapter": "hra", "adapter_settings": {"lora_plus_ratio": 4}}, "has no A and B"),
         ({"adapter": "lora", "adapter_settings": {"lora_plus_ratio": 0}}, "greater than 0"),
-        ({"adapter": "lora", "weights": "mhlora"}, "give one of them"),
+        ({"adapter": "lora", "weights": "mhlora"}, "only relora, periodic_lora can restart an adapter"),
         ({"weights": "mhlora", "rank": 4}, "--weight_settings.rank is that of factors"),
         ({"weights": "mhlora", "method": "galore"}, "give --project factors, others or merged"),
         ({"weights": "mhlora", "method": "scale"}, "takes adamw or a method that has a rank"),
