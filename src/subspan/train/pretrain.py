@@ -211,6 +211,7 @@ def load_run(
             validation=config.validation,
             seed=config.seed,
             bad_records=config.bad_records,
+            text_field=config.text_field,
         )
 
     with console.status("Loading the data ..."):
