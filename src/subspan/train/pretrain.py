@@ -363,4 +363,5 @@ def _summary(
         skipped_steps=progress["skipped_steps"],
         bad_records=bad.count,
         signal=signal,
+        trained=sum(parameter.numel() for parameter in trainer.network.parameters() if parameter.requires_grad),
     )

@@ -48,6 +48,7 @@ class RunSummary:
         bad_records: records of the data that were left out.
         signal: number of the signal that came during the run, or None; one that came in the last step stopped nothing.
         mean_rank: over all projected matrices and all steps, where ranks change; else None.
+        trained: parameters that are trained, elements of them; None for runs of before they were counted.
     """
 
     output: str
@@ -64,6 +65,7 @@ class RunSummary:
     bad_records: int = 0
     signal: int | None = None
     mean_rank: float | None = None
+    trained: int | None = None
 
     @property
     def loss_text(self) -> str:
