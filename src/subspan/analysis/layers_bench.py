@@ -88,7 +88,8 @@ def bench_layers(
     Args:
         config: settings that all runs share; its `weights` and `weight_settings` are those of the layers.
         layers: keys of `LAYERS`.
-        full: settings that the run with full weights has instead, such as its own lr.
+        full: settings that the run with full weights has instead, such as its own lr; its lr_scale is 1
+            unless it is given here.
         console: where to print (default: standard output).
 
     Raises:
@@ -153,7 +154,8 @@ def _dense(config: PretrainConfig, full: dict[str, Any]) -> PretrainConfig:
             raise ValueError(
                 f"full holds {name!r}, which is no setting of full weights alone; lr is one, for instance."
             )
-    return dataclasses.replace(config, **own, **full)
+    # Factors want a lower learning rate than the rest of the model, full weights do not.
+    return dataclasses.replace(config, **own, **({"lr_scale": 1.0} | full))
 
 
 def _row(name: str, summary: RunSummary) -> LayersRow:
