@@ -26,7 +26,7 @@ def run(arguments: Any) -> int:
 
     merged = merge_run(arguments.source, arguments.output)
     print(
-        f"{len(merged.layers)} layers merged into {merged.output}; its logits differ by at most {merged.difference:.2g} "
-        "from those of the trained model."
+        f"{len(merged.layers)} layers merged into {merged.output}; its logits differ by at most "
+        f"{merged.difference:.2g} from those of the trained model."
     )
     return 0

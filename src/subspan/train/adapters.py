@@ -143,7 +143,8 @@ def adapter_config(adapter: str, settings: dict[str, Any], layers: list[str], dr
     if adapter == "ia3":
         values.setdefault("feedforward_modules", [])
     try:
-        return found[kind](target_modules=layers, task_type="CAUSAL_LM", **values)
+        values |= {"target_modules": layers, "task_type": "CAUSAL_LM"}
+        return found[kind](**values)
     except (TypeError, ValueError) as error:
         raise ValueError(f"adapter_settings: {error}") from error
 

@@ -38,6 +38,8 @@ BASELINES = {
     "lora": "peft, all linear layers, the other weights frozen; AdamW with float32 moments",
 }
 
+#: Adapters of peft that compute with their first values, which a plan does not have.
+_UNPLANNED = ("boft", "fourierft", "vblora")
 _WHOLE = "planned with whole models alone"
 
 
@@ -94,6 +96,11 @@ def plan_recipe(settings: PlanSettings) -> Recipe:
         FileNotFoundError: a model folder that does not exist.
     """
     config = _config(settings)
+    if settings.adapter in _UNPLANNED:
+        raise ValueError(
+            f"adapter is {settings.adapter!r}, which computes with its first values, so that peft cannot make it "
+            "without memory: train with --measure_memory true to see what it takes."
+        )
     if settings.method not in BASELINES:
         check_settings(config, settings.world_size)
     elif settings.shard != "none":
@@ -272,7 +279,7 @@ def _config(settings: PlanSettings) -> PretrainConfig:
             raise ValueError(f"gradient is {settings.gradient!r}, but {settings.method!r} keeps gradients: give full.")
         if settings.weights != "dense" or settings.adapter is not None:
             raise ValueError(
-                f"method is {settings.method!r}, which trains dense weights: leave weights and adapter out."
+                f"method is {settings.method!r}, which trains dense weights: leave weights and adapter out"
             )
         if settings.weight_storage == "int8":
             raise ValueError(f"weight_storage is 'int8', which {settings.method!r} cannot train: give float.")

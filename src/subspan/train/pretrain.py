@@ -146,8 +146,8 @@ def _pretrain(
         trainer.add_callback(MetricsCallback(metrics, data.bad))
         trainer.add_callback(RanksCallback(metrics, trainer.low_rank_optimizer))
     if weights is not None:
-        lines = metrics if processes.first else None
-        trainer.add_callback(WeightsCallback(weights, trainer.low_rank_optimizer, lines, console))
+        written = metrics if processes.first else None
+        trainer.add_callback(WeightsCallback(weights, trainer.low_rank_optimizer, written, console))
     show_start(console, config, model, trainer, data, folder.path, folder.step)
     for message in folder.skipped:
         console.print(message, style="yellow", markup=False, highlight=False)

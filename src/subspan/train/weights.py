@@ -76,7 +76,7 @@ def check_weights(config: PretrainConfig, processes: int) -> None:
     if config.adapter is not None and (config.chunked_loss or config.project in ("others", "merged")):
         name = "chunked_loss" if config.chunked_loss else "project"
         raise ValueError(
-            f"{name} is {getattr(config, name)!r}, but with an adapter all that is trained are its factors: leave it out."
+            f"{name} is {getattr(config, name)!r}, but with an adapter only its factors are trained: leave it out."
         )
     _check_projection(config)
 

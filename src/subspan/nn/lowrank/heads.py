@@ -54,13 +54,18 @@ class HeadsLinear(LowRankLayer):
     @torch.no_grad()
     def reset_(self, generator: torch.Generator) -> None:
         """Aₙ orthogonal times √(in/r), Bₙ = 0."""
+        self._reset(generator, range(self.heads))
+
+    def _reset(self, generator: torch.Generator, own: range) -> None:
+        """Draw the heads that are here, of more that are drawn in order."""
         self.lora_B.zero_()
         if self.lora_A.is_meta:
             return
-        for A in self.lora_A:
+        for number in range(own.stop):
             drawn = torch.randn(self.in_features, self.rank, generator=generator)
-            Q = orthonormalize(drawn) if self.rank <= self.in_features else orthonormalize(drawn.mT).mT
-            A.copy_(Q.mT * (self.in_features / self.rank) ** 0.5)
+            if number in own:
+                Q = orthonormalize(drawn) if self.rank <= self.in_features else orthonormalize(drawn.mT).mT
+                self.lora_A[number - own.start].copy_(Q.mT * (self.in_features / self.rank) ** 0.5)
 
     def effective_weight(self) -> Tensor:
         A, B = (factor.float().flatten(0, 1) for factor in (self.lora_A, self.lora_B))

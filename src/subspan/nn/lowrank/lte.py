@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -26,9 +28,8 @@ class ParallelHeadsLinear(HeadsLinear):
 
     Args:
         layer: the linear layer.
-        heads: N that there are here.
         rank, scale: r and s of each head.
-        batch: how batches are divided.
+        batch: how batches are divided, and how many heads there are here.
         reset: heads begin anew after each merge, so that there is no Dₙ'.
         own_bias: whether each head trains a bias of its own.
 
@@ -39,18 +40,18 @@ class ParallelHeadsLinear(HeadsLinear):
     merged_A: Tensor | None
     merged_B: Tensor | None
 
-    def __init__(
-        self, layer: nn.Module, *, heads: int, rank: int, scale: float, batch: Batch, reset: bool, own_bias: bool
-    ) -> None:
-        super().__init__(layer, heads=heads, rank=rank, scale=scale)
+    def __init__(self, layer: nn.Module, *, rank: int, scale: float, batch: Batch, reset: bool, own_bias: bool) -> None:
+        super().__init__(layer, heads=batch.heads, rank=rank, scale=scale)
         self.batch = batch
         self.register_buffer("merged_A", None if reset else torch.empty_like(self.lora_A.detach()))
         self.register_buffer("merged_B", None if reset else torch.zeros_like(self.lora_B.detach()))
         if own_bias and self.bias is not None:
-            self.bias = nn.Parameter(self.bias.detach().expand(heads, -1).clone(), self.bias.requires_grad)
+            self.bias = nn.Parameter(self.bias.detach().expand(batch.heads, -1).clone(), self.bias.requires_grad)
 
+    @torch.no_grad()
     def reset_(self, generator: torch.Generator) -> None:
-        super().reset_(generator)
+        """Aₙ orthogonal times √(in/r), Bₙ = 0, each head drawn as it is where one process has all."""
+        self._reset(generator, range(self.batch.first, self.batch.first + self.heads))
         self.remember()
 
     @torch.no_grad()
@@ -86,7 +87,8 @@ class ParallelHeadsLinear(HeadsLinear):
         return torch.cat([rows_of(part, self.weight, a, b, self.scale, embedding) for part, a, b in shares])
 
     def mean_bias(self) -> Tensor | None:
-        return None if self.bias is None or self.bias.ndim == 1 else self.bias.float().mean(0).to(self.bias.dtype)
+        """The mean of the heads' own biases; None where they have none."""
+        return None if self.bias is None or self.bias.ndim == 1 else self.batch.mean(self.bias.detach().unbind())
 
     def forward(self, input: Tensor) -> Tensor:
         """Each share of the batch times the weight of its head."""
@@ -164,25 +166,72 @@ class LTEWeights(HeadsWeights):
         self.recipe, self.batch, self.replicas = recipe, batch, replicas
         self._hook = self.model.register_forward_pre_hook(batch.see, with_kwargs=True)
 
+    @torch.no_grad()
+    def before_step(self, step: int) -> None:
+        """With several processes make gradients those of the mean loss of all heads, as they are where one has all."""
+        if self.batch.processes == 1:
+            return
+        alone, shared = self._gradients()
+        for gradient in itertools.chain(shared, *alone):
+            gradient.div_(self.batch.processes)
+        for gradient in shared:
+            dist.all_reduce(gradient)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clip the gradients of each head's own loss by their norm, and those of what is shared by theirs.
+
+        Returns:
+            Root mean square of the heads' norms before.
+        """
+        alone, shared = self._gradients()
+        # Of the mean loss a head's gradient is an N-th of that of its own.
+        norms = [self.batch.total * _clip(part, max_norm / self.batch.total) for part in alone]
+        _clip(shared, max_norm)
+        squares = torch.stack(norms).square().sum()
+        if self.batch.processes > 1:
+            dist.all_reduce(squares)
+        return (squares / self.batch.total).sqrt()
+
+    def _gradients(self) -> tuple[list[list[Tensor]], list[Tensor]]:
+        """The gradients of each head, slices of those that heads have together, and those of what is shared."""
+        alone: list[list[Tensor]] = [[] for _ in range(self.batch.heads)]
+        taken = set()
+        for layer in self.layers.values():
+            own_bias = [layer.bias] if layer.bias is not None and layer.bias.ndim > 1 else []
+            for parameter in (*layer.factors().values(), *own_bias):
+                taken.add(parameter)
+                if parameter.grad is not None:
+                    for part, gradient in zip(alone, parameter.grad, strict=True):
+                        part.append(gradient)
+        for replicas in self.replicas.values():
+            for part, module in zip(alone, replicas.copies.values(), strict=True):
+                own = [parameter for parameter in module.parameters() if parameter not in taken]
+                taken.update(own)
+                part += [parameter.grad for parameter in own if parameter.grad is not None]
+        rest = (parameter for parameter in self.model.parameters() if parameter not in taken)
+        return alone, [parameter.grad for parameter in rest if parameter.grad is not None]
+
     def end_step(self, step: int, optimizer: torch.optim.Optimizer) -> list[str]:
         """Merge, after every T-th step."""
         if (step + 1) % self.recipe.merge_every:
             return []
         self.merge_heads(step, optimizer)
-        return [f"merge {(step + 1) // self.recipe.merge_every}: {self.batch.heads} heads averaged"]
+        return [f"merge {(step + 1) // self.recipe.merge_every}: {self.batch.total} heads averaged"]
 
     @torch.no_grad()
     def merge_heads(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """W <- W + (1/N)·Σ(Dₙ − Dₙ'), and the mean of all else."""
         for name, layer in self.layers.items():
             assert isinstance(layer, ParallelHeadsLinear)
-            generator, key = self.generator(name, step), None
+            key = None
             if self.recipe.rounding == "stochastic":
-                key = torch.randint(1 << 62, (), generator=generator)
+                key = torch.randint(1 << 62, (), generator=self.generator(f"{name}.weight", step))
             L, R = layer.news()
-            add_product_(layer.W, L.mT, R, alpha=layer.scale / layer.heads, key=key)
+            L, R = self.batch.gather(L), self.batch.gather(R)
+            add_product_(layer.W, L.mT, R, alpha=layer.scale / self.batch.total, key=key)
             if self.recipe.reset:
-                layer.reset_(generator)
+                layer.reset_(self.generator(name, step))
                 for parameter in layer.factors().values():
                     optimizer.state.pop(parameter, None)
             layer.remember()
@@ -199,6 +248,17 @@ class LTEWeights(HeadsWeights):
             replicas.average_()
             replace_module(self.model, name, next(iter(replicas.copies.values())))
         return names
+
+
+def _clip(gradients: list[Tensor], max_norm: float) -> Tensor:
+    """Clip by the norm of all, which is returned."""
+    if not gradients:
+        return torch.zeros(())
+    norm = nn.utils.get_total_norm(gradients)
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factor.to(gradient.device))
+    return norm
 
 
 @dataclass(frozen=True)
@@ -264,7 +324,6 @@ class LTE(MultiHeadLoRA):
             select_layers(model, target_modules, exclude),
             lambda module: ParallelHeadsLinear(
                 module,
-                heads=self.heads,
                 rank=self.rank,
                 scale=self.alpha / self.rank,
                 batch=batch,
@@ -272,7 +331,7 @@ class LTE(MultiHeadLoRA):
                 own_bias=self.others == "replicated",
             ),
         )
-        replicas = replicate(model, batch, self.heads) if self.others == "replicated" else {}
+        replicas = replicate(model, batch) if self.others == "replicated" else {}
         weights = LTEWeights(self, batch, replicas, model=model, layers=layers, embeddings=embeddings, seed=seed)
         weights.begin()
         return weights

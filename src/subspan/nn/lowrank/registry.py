@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from subspan.nn.lowrank.factored import Factored
 from subspan.nn.lowrank.heads import MultiHeadLoRA
 from subspan.nn.lowrank.lte import LTE
+from subspan.nn.lowrank.sltrain import SLTrain
 from subspan.nn.lowrank.weights import WeightRecipe
 from subspan.optim.groups import unknown_setting
 
 __all__ = ["list_weights", "weight_recipe", "weight_recipe_class"]
 
-_RECIPES: dict[str, type[WeightRecipe]] = {recipe.name: recipe for recipe in (MultiHeadLoRA, LTE)}
+_RECIPES: dict[str, type[WeightRecipe]] = {recipe.name: recipe for recipe in (MultiHeadLoRA, LTE, Factored, SLTrain)}
 
 
 def list_weights() -> list[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from subspan.nn.lowrank.layer import LowRankLayer, replace_module
@@ -17,16 +18,49 @@ __all__ = ["Batch", "Replicas", "replicate"]
 class Batch:
     """How the batch that a model is given is divided over heads.
 
+    With several processes each has as many of the heads, in the order of their ranks, and a batch of its own for them.
+
     Args:
-        heads: that divide each batch; of them this process has those from ``first`` on.
+        heads: of all processes.
 
     Attributes:
+        heads: that divide a batch here.
+        total: heads of all processes.
+        first: number of the first head that is here.
+        processes: how many there are.
         sequences, length: of the batch that the model was given last.
+
+    Raises:
+        ValueError: the processes cannot share the heads evenly.
     """
 
-    def __init__(self, heads: int, first: int = 0) -> None:
-        self.heads, self.first = heads, first
+    def __init__(self, heads: int) -> None:
+        together = dist.is_available() and dist.is_initialized()
+        self.processes, rank = (dist.get_world_size(), dist.get_rank()) if together else (1, 0)
+        if heads % self.processes:
+            raise ValueError(
+                f"{self.processes} processes cannot share {heads} heads evenly: give a multiple of {self.processes}"
+            )
+        self.total, self.heads = heads, heads // self.processes
+        self.first = rank * self.heads
         self.sequences = self.length = 0
+
+    def gather(self, X: Tensor) -> Tensor:
+        """The rows of all processes below each other, in the order of the heads."""
+        if self.processes == 1:
+            return X
+        parts = [torch.empty_like(X, memory_format=torch.contiguous_format) for _ in range(self.processes)]
+        dist.all_gather(parts, X.contiguous())
+        return torch.cat(parts)
+
+    def mean(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Mean of one tensor a head, in the dtype of the tensors; summed up in at least float32."""
+        total = tensors[0].to(torch.promote_types(tensors[0].dtype, torch.float32), copy=True)
+        for tensor in tensors[1:]:
+            total += tensor
+        if self.processes > 1:
+            dist.all_reduce(total)
+        return (total / self.total).to(tensors[0].dtype)
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at what a model is called with; a hook before its forward pass.
@@ -80,7 +114,7 @@ class Replicas(nn.Module):
     def forward(self, *args: Any) -> Any:
         """Call each copy with its share."""
         if not self.training:
-            return torch.func.functional_call(self._any(), self.mean(), args)
+            return torch.func.functional_call(next(iter(self.copies.values())), self.mean(), args)
         shares = [self._divided(x) for x in args]
         whole = all(len({id(part) for part in parts}) == 1 for parts in shares)
         results = []
@@ -97,13 +131,11 @@ class Replicas(nn.Module):
             return x.chunk(len(self.copies))
         return (x,) * len(self.copies)
 
-    def _any(self) -> nn.Module:
-        return next(iter(self.copies.values()))
-
+    @torch.no_grad()
     def mean(self) -> dict[str, Tensor]:
         """The mean of the copies' parameters, by name."""
         kinds = zip(*(module.named_parameters() for module in self.copies.values()), strict=True)
-        return {same[0][0]: _mean([parameter for _, parameter in same]) for same in kinds}
+        return {same[0][0]: self.batch.mean([parameter for _, parameter in same]) for same in kinds}
 
     @torch.no_grad()
     def average_(self) -> None:
@@ -114,14 +146,7 @@ class Replicas(nn.Module):
                 parameter.copy_(mean[name])
 
 
-def _mean(tensors: list[Tensor]) -> Tensor:
-    total = tensors[0].to(torch.promote_types(tensors[0].dtype, torch.float32), copy=True)
-    for tensor in tensors[1:]:
-        total += tensor
-    return (total / len(tensors)).to(tensors[0].dtype)
-
-
-def replicate(model: nn.Module, batch: Batch, count: int) -> dict[str, Replicas]:
+def replicate(model: nn.Module, batch: Batch) -> dict[str, Replicas]:
     """Put `Replicas` in the place of all modules that hold parameters to be trained and are no low-rank layers.
 
     Parameters that several modules share are shared by their copies too.
@@ -129,12 +154,11 @@ def replicate(model: nn.Module, batch: Batch, count: int) -> dict[str, Replicas]
     Args:
         model: the model, in which low-rank layers have their places already.
         batch: how batches are divided.
-        count: copies to make.
 
     Raises:
         ValueError: a module that holds parameters beside other modules, so that it cannot be copied alone.
     """
-    memos: list[dict[int, Any]] = [{} for _ in range(count)]
+    memos: list[dict[int, Any]] = [{} for _ in range(batch.heads)]
     found = {}
     for name, module in list(model.named_modules()):
         if isinstance(module, LowRankLayer) or not any(p.requires_grad for p in module.parameters(recurse=False)):
