@@ -145,6 +145,7 @@ def test_a_row_that_does_not_fit_has_a_reason(tmp_path: Path, monkeypatch: pytes
         ({"rounds": 0}, "rounds is 0"),
         ({"seq_len": 1}, "seq_len is 1"),
         ({"dtype": "float16"}, "dtype is 'float16'; it must be float32, bfloat16 or amp"),
+        ({"others": "copied"}, "others is 'copied'; it must be replicated or shared"),
         ({"device": "gpu"}, "device 'gpu' is unknown"),
         ({"target_modules": "nothing"}, "the pattern 'nothing' selects no matrix"),
         ({"model": "llama_9"}, "Did you mean llama_9m"),
@@ -155,6 +156,11 @@ def test_what_cannot_be_measured(tmp_path: Path, changes: dict[str, Any], messag
     with pytest.raises(ValueError, match=message):
         bench(tmp_path, **settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_has_no_heads_may_be_shared(tmp_path: Path) -> None:
+    _, sequential, parallel = bench(tmp_path, [2], [2], others="shared")
+    assert parallel.state_bytes == sequential.state_bytes
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "amp"])

@@ -35,6 +35,7 @@ def bench_heads(
     target_modules: str | Sequence[str] = "all-linear",
     exclude: Sequence[str] = (),
     merge_every: int = 10,
+    others: Literal["replicated", "shared"] = "replicated",
     dtype: Literal["float32", "bfloat16", "amp"] = "float32",
     rounds: int = 5,
     device: str = "cpu",
@@ -58,6 +59,7 @@ def bench_heads(
         batch_size: sequences of an iteration.
         target_modules, exclude: layers that get heads, see `subspan.nn.lowrank.select_layers`.
         merge_every: T.
+        others: what has no heads: replicated, each parallel head trains a copy of it; or shared, there is one.
         dtype: float32, bfloat16, or amp (float32 weights, bfloat16 arithmetic).
         rounds: timed iterations, each beside one with full weights, after one that warms up.
         device: "cpu" or "cuda" ("cuda:1").
@@ -80,8 +82,12 @@ def bench_heads(
     """
     console = console or Console()
     place = device_named(device)
-    _check(ranks, heads, seq_len, batch_size, merge_every, dtype, rounds, threads)
-    studied = StudiedModel(model, seq_len, batch_size, target_modules, exclude, dtype, device, seed)
+    _check(ranks, heads, seq_len, batch_size, merge_every, rounds, threads)
+    if dtype not in ("float32", "bfloat16", "amp"):
+        raise ValueError(f"dtype is {dtype!r}; it must be float32, bfloat16 or amp.")
+    if others not in ("replicated", "shared"):
+        raise ValueError(f"others is {others!r}; it must be replicated or shared.")
+    studied = StudiedModel(model, seq_len, batch_size, target_modules, exclude, dtype, device, seed, others)
     every = list(combinations(ranks, heads))
     # What cannot be built is said before anything is measured.
     total = count(studied)
@@ -125,7 +131,6 @@ def _check(
     seq_len: int,
     batch_size: int,
     merge_every: int,
-    dtype: str,
     rounds: int,
     threads: int,
 ) -> None:
@@ -136,8 +141,6 @@ def _check(
             raise ValueError(f"{name} is {shown}; it must be at least 1.")
     if seq_len < 2:
         raise ValueError(f"seq_len is {seq_len}; it must be at least 2 tokens.")
-    if dtype not in ("float32", "bfloat16", "amp"):
-        raise ValueError(f"dtype is {dtype!r}; it must be float32, bfloat16 or amp.")
     if uneven := [number for number in heads if batch_size % number]:
         raise ValueError(
             f"batch_size is {batch_size}, which {uneven[0]} parallel heads cannot divide evenly: give a multiple of "

@@ -39,6 +39,7 @@ class StudiedModel:
         dtype: float32, bfloat16, or amp (float32 weights, bfloat16 arithmetic).
         device: where.
         seed: of weights and tokens.
+        others: what has no heads: replicated, each parallel head trains a copy of it; or shared, there is one.
     """
 
     model: str
@@ -49,6 +50,7 @@ class StudiedModel:
     dtype: str = "float32"
     device: str = "cpu"
     seed: int = 0
+    others: str = "replicated"
 
     @property
     def weights_dtype(self) -> torch.dtype:
@@ -102,15 +104,15 @@ class HeadsRow:
     reason: str | None = None
 
 
-def recipe_of(mode: Mode, heads: int, rank: int) -> WeightRecipe:
+def recipe_of(mode: Mode, heads: int, rank: int, others: str = "replicated") -> WeightRecipe:
     """The recipe that is timed; s is 1, and step 0 never merges but step 1 does, so that each is timed alone.
 
     Example:
         >>> recipe_of("sequential", 2, 8).rank
         8
     """
-    merges = {"merge_every": 2} if mode == "parallel" else {}
-    return weight_recipe(MODES[mode], heads=heads, rank=rank, alpha=float(rank), **merges)
+    own = {"merge_every": 2, "others": others} if mode == "parallel" else {}
+    return weight_recipe(MODES[mode], heads=heads, rank=rank, alpha=float(rank), **own)
 
 
 def trained_parameters(studied: StudiedModel, heads: int | None = None, rank: int | None = None) -> int:
@@ -199,7 +201,7 @@ def measure_heads(
     """
     row = HeadsRow(mode, heads, rank, trained_parameters(studied, heads, rank))
     try:
-        contender = Contender(studied, recipe_of(mode, heads, rank))
+        contender = Contender(studied, recipe_of(mode, heads, rank, studied.others))
         timings = in_units({mode: contender.iterate}, full.iterate, rounds, clock=clock, unit_calls=1)[mode]
         merges = [clock.seconds(contender.merge)[0] for _ in range(rounds + 1)][1:] if mode == "parallel" else []
     except (ValueError, RuntimeError, MemoryError) as error:

@@ -83,6 +83,12 @@ def _heads(parser_class: Any) -> Any:
     )
     add("--exclude", type=str, nargs="+", default=[], help="names of layers that get none")
     add("--merge_every", type=int, default=10, help="iterations between merges of parallel heads")
+    add(
+        "--others",
+        type=Literal["replicated", "shared"],
+        default="replicated",
+        help="what has no heads: each parallel head trains a copy of it, or there is one",
+    )
     add("--dtype", type=Literal["float32", "bfloat16", "amp"], default="float32", help="amp: bfloat16 arithmetic")
     add("--rounds", type=int, default=5, help="timed iterations, each beside one with full weights")
     _add_place(add)
