@@ -8,13 +8,17 @@ from typing import Any
 from subspan.nn.lowrank.factored import Factored
 from subspan.nn.lowrank.heads import MultiHeadLoRA
 from subspan.nn.lowrank.lte import LTE
+from subspan.nn.lowrank.periodic_lora import PeriodicLoRA
+from subspan.nn.lowrank.relora import ReLoRA
 from subspan.nn.lowrank.sltrain import SLTrain
 from subspan.nn.lowrank.weights import WeightRecipe
 from subspan.optim.groups import unknown_setting
 
 __all__ = ["list_weights", "weight_recipe", "weight_recipe_class"]
 
-_RECIPES: dict[str, type[WeightRecipe]] = {recipe.name: recipe for recipe in (MultiHeadLoRA, LTE, Factored, SLTrain)}
+_RECIPES: dict[str, type[WeightRecipe]] = {
+    recipe.name: recipe for recipe in (MultiHeadLoRA, LTE, ReLoRA, PeriodicLoRA, Factored, SLTrain)
+}
 
 
 def list_weights() -> list[str]:
