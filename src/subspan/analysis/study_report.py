@@ -22,7 +22,7 @@ __all__ = ["heads_table", "layers_table", "rows_as_csv", "rows_as_record", "say_
 
 def heads_table(rows: Sequence[HeadsRow]) -> Group:
     """The rows of ``subspan bench heads`` for the terminal."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = Table(box=None, header_style="bold", pad_edge=False, collapse_padding=True)
     table.add_column("mode", no_wrap=True)
     for column in ("heads", "rank", "trained", "of full", "ms", "of full", "merges", "state MB"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -48,9 +48,9 @@ def heads_table(rows: Sequence[HeadsRow]) -> Group:
 
 def layers_table(rows: Sequence[LayersRow]) -> Table:
     """The rows of ``subspan bench layers`` for the terminal."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
+    table = Table(box=None, header_style="bold", pad_edge=False, collapse_padding=True)
     table.add_column("layers")
-    for column in ("trained", "of full", "test loss", "perplexity", "ms an iteration", "state bytes"):
+    for column in ("trained", "of full", "test loss", "perplexity", "ms a step", "state bytes"):
         table.add_column(column, justify="right", no_wrap=True)
     full = next((row.trained for row in rows if row.layers == "full"), None)
     for row in rows:
