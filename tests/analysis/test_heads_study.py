@@ -22,6 +22,7 @@ from subspan.analysis.heads_study import (
     trained_parameters,
 )
 from subspan.analysis.timing import PROCESS, Clock
+from subspan.nn.lowrank.count import count_trained
 from tests.train.micro import LLAMA, write_model
 
 HIDDEN, MLP, LAYERS, VOCABULARY = 32, 64, 2, 300
@@ -72,6 +73,7 @@ def test_parameters_that_are_trained(tmp_path: Path, config: dict[str, Any], tar
     assert trained_parameters(model, heads=3, rank=2) == trained_parameters(model) - frozen + heads
     held = Contender(model, recipe_of("sequential", 3, 2)).optimizer.param_groups[0]["params"]
     assert sum(parameter.numel() for parameter in held) == trained_parameters(model, 3, 2)
+    assert count_trained(Contender(model, recipe_of("parallel", 3, 2)).model) == trained_parameters(model, 3, 2)
 
 
 def test_time_is_counted_in_iterations_with_full_weights(tmp_path: Path) -> None:

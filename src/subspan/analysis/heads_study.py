@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from subspan.analysis.timing import Clock, in_units
 from subspan.nn.lowrank import WeightRecipe, weight_recipe
+from subspan.nn.lowrank.count import count_trained
 from subspan.optim import AdamW
 from subspan.train.presets import build_model, skeleton
 
@@ -130,7 +131,7 @@ def trained_parameters(studied: StudiedModel, heads: int | None = None, rank: in
         if heads is not None and rank is not None:
             recipe = recipe_of("sequential", heads, rank)
             recipe.apply(model, target_modules=studied.target_modules, exclude=studied.exclude)
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return count_trained(model)
 
 
 class Contender:

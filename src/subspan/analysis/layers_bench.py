@@ -43,7 +43,7 @@ class LayersRow:
 
     Attributes:
         layers: which have heads: A, M, L joined by +; or full.
-        trained: parameters that the optimizer trains; None for a run that diverged.
+        trained: parameters that are trained, copies of one once; None for a run that diverged.
         loss, perplexity: on the held-out text; None for a run that diverged.
         milliseconds: wall-clock time of a step in training, evaluations and checkpoints left out.
         state_bytes: of the optimizer.

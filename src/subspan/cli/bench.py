@@ -25,7 +25,7 @@ _LAYERS = """\
 The same steps on the same data with heads in the attention (A), MLP (M) or logit (L) layers, in two kinds of them, in
 all, and with full weights; the test losses beside the trained parameters. Each run has a folder of its own: called
 again, finished ones are skipped and an unfinished one continues. All settings of subspan pretrain are taken.
-Examples: subspan bench layers --layers A M full --steps 200.
+Examples: subspan bench layers --layers A M full --steps 200 --weight_settings.rank 8.
 subspan bench layers --model gpt2-124m --seq_len 512 --data hf:abisee/cnn_dailymail:3.0.0:train --text_field article
 --steps 5000 --full.lr 6e-4 --output runs/layers."""
 

@@ -49,7 +49,7 @@ class RunSummary:
         bad_records: records of the data that were left out.
         signal: number of the signal that came during the run, or None; one that came in the last step stopped nothing.
         mean_rank: over all projected matrices and all steps, where ranks change; else None.
-        trained: parameters that are trained, elements of them; None for runs of before they were counted.
+        trained: elements of the parameters that are trained, copies once; None for runs of before they were counted.
     """
 
     output: str
