@@ -362,6 +362,7 @@ def test_a_killed_run_of_which_only_the_summary_is_missing(tmp_path: Path, monke
         ({"weights": "mhlora", "weight_storage": "int8"}, "weight_storage is 'int8'"),
         ({"weights": "mhlora", "shard": "full"}, "cannot be divided over processes"),
         ({"adapter": "lora", "chunked_loss": True}, "chunked_loss is True"),
+        ({"adapter": "boft", "measure_memory": True}, "leave measure_memory out"),
         ({"project": "none"}, "project is 'none'; it must be factors, others or merged"),
     ],
 )
