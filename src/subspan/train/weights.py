@@ -72,7 +72,7 @@ def check_weights(config: PretrainConfig, processes: int) -> None:
         check_adapter(config.adapter, config.adapter_settings)
         if config.measure_memory and config.adapter in UNPLANNED:
             raise ValueError(
-                f"measure_memory is true, but the adapter {config.adapter!r} cannot be planned: leave measure_memory out."
+                f"measure_memory is true, but adapter {config.adapter!r} cannot be planned: leave measure_memory out."
             )
     shards = config.adapter is None and weight_recipe_class(config.weights).shards
     if config.shard != "none" and not shards:
