@@ -68,6 +68,7 @@ def check_weights(config: PretrainConfig, processes: int) -> None:
             )
         if processes > 1 and not kind.ddp:
             raise ValueError(f"weights {config.weights!r} cannot be trained by several processes: start one.")
+        kind(**recipe).check_run(processes=processes, steps=config.steps, eval_every=config.eval_every)
     if config.adapter is not None:
         check_adapter(config.adapter, config.adapter_settings)
         if config.measure_memory and config.adapter in UNPLANNED:
