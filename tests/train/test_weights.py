@@ -127,6 +127,13 @@ def test_an_adapter_continues_bit_exactly_and_is_merged(tmp_path: Path, monkeypa
     torch.testing.assert_close(ordinary.lm_head.weight, base.lm_head.weight, rtol=0, atol=0)
 
 
+def test_dense_weights_before_the_factors_continue_bit_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"rank": 4, "full_rank_steps": 4, "restart_every": 3, "rewarm": 1}
+    assert_continues(tmp_path, monkeypatch, low_rank("relora", weight_settings=given))
+    lines = [text for line in metrics(tmp_path / "cut") for text in line.get("weights", [])]
+    assert len(lines) == 2 and "factors in place of 7 weights" in lines[0] and lines[1].startswith("restart 2")
+
+
 def test_an_adapter_is_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = low_rank("relora", adapter="lora", adapter_settings={"r": 4})
     changes["weight_settings"] = {"restart_every": 4, "rewarm": 2}
@@ -355,6 +362,7 @@ def test_a_killed_run_of_which_only_the_summary_is_missing(tmp_path: Path, monke
         ({"weights": "mhlora", "weight_storage": "int8"}, "weight_storage is 'int8'"),
         ({"weights": "mhlora", "shard": "full"}, "cannot be divided over processes"),
         ({"adapter": "lora", "chunked_loss": True}, "chunked_loss is True"),
+        ({"adapter": "boft", "measure_memory": True}, "leave measure_memory out"),
         ({"project": "none"}, "project is 'none'; it must be factors, others or merged"),
     ],
 )

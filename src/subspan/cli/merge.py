@@ -9,7 +9,7 @@ __all__ = ["add_command", "run"]
 _TEXT = """\
 Make an ordinary dense model, as transformers loads it, of a run with weights of low rank or an adapter. Of a run, its
 newest whole checkpoint is taken; without OUTPUT the model is written to merged-STEP in the run's folder.
-Examples: subspan merge runs/adamw-llama_bench. subspan merge runs/first/checkpoint-800 models/first."""
+Examples: subspan merge runs/lte-adamw-llama_bench. subspan merge runs/first/checkpoint-800 models/first."""
 
 
 def add_command(commands: Any, parser_class: Any) -> None:

@@ -16,7 +16,7 @@ from subspan.optim.groups import unknown_setting
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-__all__ = ["ADAPTERS", "AdapterWeights", "adapter_config", "apply_adapter", "check_adapter"]
+__all__ = ["ADAPTERS", "UNPLANNED", "AdapterWeights", "adapter_config", "apply_adapter", "check_adapter"]
 
 #: Settings that make a kind of their own of peft's LoRA.
 _KINDS_OF_LORA: dict[str, dict[str, Any]] = {
@@ -31,6 +31,8 @@ ADAPTERS = (
     *_KINDS_OF_LORA,
     *("loha", "lokr", "vera", "randlora", "hra", "oft", "boft", "ia3", "fourierft", "vblora", "hira"),
 )
+#: Those that compute with their first values, which a plan does not have.
+UNPLANNED = ("boft", "fourierft", "vblora")
 #: Fields of peft's configs that are settled by the settings of the run, or by what a run is.
 _SETTLED = {
     "target_modules": "target_modules", "exclude_modules": "exclude", "base_model_name_or_path": "model",

@@ -111,7 +111,8 @@ class PretrainConfig:
         save_every: Steps between checkpoints; 0 saves at the end only.
         keep_checkpoints: Newest checkpoints that are kept, beside the one with the lowest loss on held-out text.
         seed: Of the weights, the order of the data and the optimizer's draws.
-        output: Run folder. None: ``runs/METHOD-MODEL``, with a number after it when that exists.
+        output: Run folder. None: ``runs/METHOD-MODEL``, with the weights before it where these are not dense, and a
+            number after it when that exists.
         resume: ``auto`` continues from the newest checkpoint in the run folder, or starts when there is none; a path
             continues from that checkpoint; ``none`` starts afresh and never touches an existing run.
         carry_over: Checkpoint of another run to start from: its weights, and the state of its optimizer taken over by
@@ -220,6 +221,16 @@ class PretrainConfig:
     def low_rank(self) -> bool:
         """Whether some weights are of low rank, or have adapters."""
         return self.weights != "dense" or self.adapter is not None
+
+    @property
+    def title(self) -> str:
+        """What tells the run from others: its method, and before it the weights that are not dense.
+
+        >>> PretrainConfig().title, PretrainConfig(weights="relora", adapter="dora").title
+        ('galore', 'dora-relora-adamw')
+        """
+        kinds = [self.adapter, self.weights if self.weights != "dense" else None, self.method]
+        return "-".join(kind for kind in kinds if kind is not None)
 
     def _demand(self, name: str, good: bool, allowed: str) -> None:
         if not good:

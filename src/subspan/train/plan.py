@@ -22,6 +22,7 @@ from subspan.memory.training import trace_training
 from subspan.nn.lowrank import LowRankWeights, list_weights
 from subspan.optim import LowRankOptimizer, create_optimizer, list_methods, method_info
 from subspan.optim.groups import unknown_setting
+from subspan.train.adapters import UNPLANNED
 from subspan.train.config import PretrainConfig
 from subspan.train.optimizer import build_optimizer, check_settings, hold_weights, resolve
 from subspan.train.plan_settings import PlanSettings
@@ -38,8 +39,6 @@ BASELINES = {
     "lora": "peft, all linear layers, the other weights frozen; AdamW with float32 moments",
 }
 
-#: Adapters of peft that compute with their first values, which a plan does not have.
-_UNPLANNED = ("boft", "fourierft", "vblora")
 _WHOLE = "planned with whole models alone"
 
 
@@ -96,10 +95,10 @@ def plan_recipe(settings: PlanSettings) -> Recipe:
         FileNotFoundError: a model folder that does not exist.
     """
     config = _config(settings)
-    if settings.adapter in _UNPLANNED:
+    if settings.adapter in UNPLANNED:
         raise ValueError(
             f"adapter is {settings.adapter!r}, which computes with its first values, so that peft cannot make it "
-            "without memory: train with --measure_memory true to see what it takes."
+            "without memory: it cannot be planned. A run shows its weights and state when it starts."
         )
     if settings.method not in BASELINES:
         check_settings(config, settings.world_size)

@@ -284,7 +284,7 @@ def shared_batch(config: PretrainConfig, then: int, now: int) -> tuple[int, int]
 
 def _default_folder(config: PretrainConfig) -> Path:
     """``runs/METHOD-MODEL``; the newest one there is to continue, else the first number that is free."""
-    base = Path("runs") / f"{config.method}-{Path(config.model).stem}"
+    base = Path("runs") / f"{config.title}-{Path(config.model).stem}"
     path, number = base, 1
     while path.exists():
         number += 1

@@ -66,7 +66,7 @@ def sweep(config: PretrainConfig, grid: dict[str, Any], *, console: Console | No
     if launched() > 1:
         raise ValueError("a sweep runs in one process: start it without torchrun.")
     axes = _axes(grid)
-    output = Path(config.output or f"runs/sweep-{config.method}-{Path(config.model).stem}").expanduser()
+    output = Path(config.output or f"runs/sweep-{config.title}-{Path(config.model).stem}").expanduser()
     claim(output, {BASE_FILE: config})
     combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     runs: list[tuple[dict[str, Any], RunSummary]] = []

@@ -24,7 +24,7 @@ from subspan.nn.lowrank import (
 )
 from subspan.optim import LowRankOptimizer, method_info
 from subspan.optim.names import canonical_name
-from subspan.train.adapters import adapter_factors, adapter_layers, apply_adapter, check_adapter
+from subspan.train.adapters import UNPLANNED, adapter_factors, adapter_layers, apply_adapter, check_adapter
 from subspan.train.callbacks import MetricsFile
 from subspan.train.config import PretrainConfig, check_types
 from subspan.train.processes import launched
@@ -71,6 +71,10 @@ def check_weights(config: PretrainConfig, processes: int) -> None:
         kind(**recipe).check_run(processes=processes, steps=config.steps, eval_every=config.eval_every)
     if config.adapter is not None:
         check_adapter(config.adapter, config.adapter_settings)
+        if config.measure_memory and config.adapter in UNPLANNED:
+            raise ValueError(
+                f"measure_memory is true, but adapter {config.adapter!r} cannot be planned: leave measure_memory out."
+            )
     shards = config.adapter is None and weight_recipe_class(config.weights).shards
     if config.shard != "none" and not shards:
         raise ValueError(
@@ -261,11 +265,13 @@ def _check_projected(kinds: dict[str, list[tuple[str, nn.Parameter]]], config: P
 
 def describe(model: nn.Module, config: PretrainConfig) -> tuple[str, str]:
     """What the weights of a run are and which layers have them, for people."""
-    settings = config.weight_settings | config.adapter_settings
+    unused = ("rank", "alpha", "dropout") if config.adapter is not None else ()  # they are the adapter's own
+    settings = {name: value for name, value in config.weight_settings.items() if name not in unused and value}
+    settings |= config.adapter_settings
     name = " + ".join(name for name in (config.adapter, config.weights) if name not in (None, "dense"))
     what = f"{name} ({', '.join(f'{key} {value}' for key, value in settings.items())})" if settings else name
     layers = [name for name, _ in low_rank_layers(model)] or adapter_layers(model)
-    kinds = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in layers)
+    kinds = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name.removeprefix("base_model.model.")) for name in layers)
     return what, ", ".join(f"{count} × {pattern}" if count > 1 else pattern for pattern, count in kinds.items())
 
 
