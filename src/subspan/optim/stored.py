@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from subspan.optim.declared import DeclaredOptimizer
 from subspan.optim.method import State
 from subspan.optim.sharding import check_shardable
 from subspan.optim.shards import is_sharded
+from subspan.optim.storage import close, opened
 from subspan.state import Int8Weight
 
 
@@ -66,6 +68,40 @@ class StoredOptimizer(DeclaredOptimizer):
         shards = self._shards(name, parameter, group)
         specs = self._stored_specs(name, parameter, group, state)
         return {key: shards.copied(key, spec, state[key], parameter.device) for key, spec in specs.items()}
+
+    def edit_state(self, parameter: Tensor, edit: Callable[[State], None]) -> None:
+        """Change the state of a parameter between two steps; nothing happens where there is none yet.
+
+        Args:
+            parameter: one of this optimizer.
+            edit: changes the tensors of the state that it is given, in place; those that are held by a codec come
+                decoded and are encoded anew.
+
+        Raises:
+            KeyError: the parameter is not in this optimizer.
+
+        Example:
+            >>> import torch
+            >>> from subspan.optim import AdamW
+            >>> layer = torch.nn.Linear(64, 64)
+            >>> optimizer = AdamW(layer, moments="8bit")
+            >>> layer(torch.ones(1, 64)).sum().backward()
+            >>> optimizer.step()
+            >>> optimizer.edit_state(layer.weight, lambda state: state["exp_avg"].zero_())
+            >>> int(optimizer.state[layer.weight]["exp_avg"].count_nonzero())
+            0
+        """
+        self._rebind()
+        for group in self.param_groups:
+            for name, candidate in self._named(group):
+                if candidate is parameter:
+                    if state := self._state(parameter):
+                        specs = self._specs(name, parameter, group, state)
+                        tensors = opened(state, specs)
+                        edit(tensors)
+                        close(state, specs, tensors)
+                    return
+        raise KeyError("this parameter is not in the optimizer")
 
     def state_dict(self) -> dict[str, Any]:
         """State, groups and the origin (method, seed, format) as tensors and plain values."""

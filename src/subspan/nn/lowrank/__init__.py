@@ -3,15 +3,29 @@
 from subspan.nn.lowrank.heads import HeadsLinear, MultiHeadLoRA
 from subspan.nn.lowrank.layer import LowRankLayer, add_product_, low_rank_layers, merge_layers
 from subspan.nn.lowrank.registry import list_weights, weight_recipe, weight_recipe_class
+from subspan.nn.lowrank.restarts import Every, GrowingGap, Never, Restartable, Restarts, Rewarm, When
 from subspan.nn.lowrank.select import select_layers
+from subspan.nn.lowrank.state_transform import Keep, MagnitudePrune, RandomPrune, ResetState, StateTransform
 from subspan.nn.lowrank.weights import LowRankWeights, WeightRecipe
 
 __all__ = [
+    "Every",
+    "GrowingGap",
     "HeadsLinear",
+    "Keep",
     "LowRankLayer",
     "LowRankWeights",
+    "MagnitudePrune",
     "MultiHeadLoRA",
+    "Never",
+    "RandomPrune",
+    "ResetState",
+    "Restartable",
+    "Restarts",
+    "Rewarm",
+    "StateTransform",
     "WeightRecipe",
+    "When",
     "add_product_",
     "list_weights",
     "low_rank_layers",
