@@ -11,6 +11,8 @@ from torch import Tensor
 from subspan.state.codec import Blockwise, Codec, Coded
 from subspan.state.spec import StateSpec
 
+_SCALES = Blockwise("linear", 8, signed=False)
+
 
 @dataclass(frozen=True)
 class DoubleBlockwise(Codec):
@@ -33,7 +35,7 @@ class DoubleBlockwise(Codec):
     """
 
     codes: Blockwise
-    scales: Blockwise = Blockwise("linear", 8, signed=False)
+    scales: Blockwise = _SCALES
 
     @property
     def block(self) -> int:  # type: ignore[override]
