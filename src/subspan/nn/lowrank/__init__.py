@@ -2,7 +2,10 @@
 
 from subspan.nn.lowrank.heads import HeadsLinear, MultiHeadLoRA
 from subspan.nn.lowrank.layer import LowRankLayer, add_product_, low_rank_layers, merge_layers
+from subspan.nn.lowrank.peft_layers import PeftLayer, PeftRestarts, peft_layers, restart_peft
+from subspan.nn.lowrank.periodic_lora import PeriodicLinear, PeriodicLoRA
 from subspan.nn.lowrank.registry import list_weights, weight_recipe, weight_recipe_class
+from subspan.nn.lowrank.relora import ReLoRA, RestartedLinear
 from subspan.nn.lowrank.restarts import Every, GrowingGap, Never, Restartable, Restarts, Rewarm, When
 from subspan.nn.lowrank.select import select_layers
 from subspan.nn.lowrank.state_transform import Keep, MagnitudePrune, RandomPrune, ResetState, StateTransform
@@ -18,9 +21,15 @@ __all__ = [
     "MagnitudePrune",
     "MultiHeadLoRA",
     "Never",
+    "PeftLayer",
+    "PeftRestarts",
+    "PeriodicLinear",
+    "PeriodicLoRA",
     "RandomPrune",
+    "ReLoRA",
     "ResetState",
     "Restartable",
+    "RestartedLinear",
     "Restarts",
     "Rewarm",
     "StateTransform",
@@ -30,6 +39,8 @@ __all__ = [
     "list_weights",
     "low_rank_layers",
     "merge_layers",
+    "peft_layers",
+    "restart_peft",
     "select_layers",
     "weight_recipe",
     "weight_recipe_class",

@@ -6,12 +6,14 @@ import dataclasses
 from typing import Any
 
 from subspan.nn.lowrank.heads import MultiHeadLoRA
+from subspan.nn.lowrank.periodic_lora import PeriodicLoRA
+from subspan.nn.lowrank.relora import ReLoRA
 from subspan.nn.lowrank.weights import WeightRecipe
 from subspan.optim.groups import unknown_setting
 
 __all__ = ["list_weights", "weight_recipe", "weight_recipe_class"]
 
-_RECIPES: dict[str, type[WeightRecipe]] = {recipe.name: recipe for recipe in (MultiHeadLoRA,)}
+_RECIPES: dict[str, type[WeightRecipe]] = {recipe.name: recipe for recipe in (MultiHeadLoRA, ReLoRA, PeriodicLoRA)}
 
 
 def list_weights() -> list[str]:

@@ -50,10 +50,10 @@ class Every(When):
 
     Args:
         period: steps of a cycle.
-        start: steps before the first cycle.
+        start: steps before the first cycle; negative where that has begun before the run.
 
     Raises:
-        ValueError: a period that is not positive, or a negative start.
+        ValueError: a period that is not positive, or a first restart before the first step.
 
     Example:
         >>> [done for done in range(12) if Every(4, start=1).due(done)]
@@ -66,8 +66,8 @@ class Every(When):
     def __post_init__(self) -> None:
         if self.period < 1:
             raise ValueError(f"period is {self.period!r}; a cycle has at least 1 step")
-        if self.start < 0:
-            raise ValueError(f"start is {self.start!r}; it must be at least 0")
+        if self.start + self.period < 1:
+            raise ValueError(f"start is {self.start!r}; the first restart has to come after at least 1 step")
 
     def last(self, done: int) -> int | None:
         cycles = self.count(done)

@@ -1,0 +1,266 @@
+"""ReLoRA: LoRA layers that are restarted, from dense weights on wish."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from subspan.nn.lowrank.heads import HeadsLinear
+from subspan.nn.lowrank.layer import add_product_, replace_module
+from subspan.nn.lowrank.restarts import Every, Restarts, Rewarm
+from subspan.nn.lowrank.select import select_layers
+from subspan.nn.lowrank.state_transform import MagnitudePrune, RandomPrune, ResetState, StateTransform
+from subspan.nn.lowrank.weights import WeightRecipe
+
+__all__ = ["ReLoRA", "RestartedLinear"]
+
+
+class RestartedLinear(HeadsLinear):
+    """y = x·(W + s·BA)ᵀ + b with a frozen W, into which s·BA is merged again and again.
+
+    Args:
+        layer: the linear layer.
+        rank: r.
+        scale: s.
+        dropout: of the inputs of A.
+
+    Attributes:
+        adapts: False while W itself is trained: the factors are left out then, which are B = 0.
+    """
+
+    def __init__(self, layer: nn.Module, *, rank: int, scale: float, dropout: float = 0.0) -> None:
+        super().__init__(layer, heads=1, rank=rank, scale=scale)
+        self.dropout, self.adapts = dropout, True
+
+    @torch.no_grad()
+    def reset_(self, generator: torch.Generator) -> None:
+        """A uniform in ±1/√in (Kaiming's with a = √5), B = 0."""
+        self.lora_B.zero_()
+        if not self.lora_A.is_meta:
+            drawn = torch.rand(self.lora_A.shape, generator=generator)
+            self.lora_A.copy_((2 * drawn - 1) / self.in_features**0.5)
+
+    def merge_(self, key: Tensor | None = None) -> None:
+        """W <- W + s·BA, rounded once."""
+        add_product_(self.W, self.lora_B[0].mT, self.lora_A[0], alpha=self.scale, key=key)
+
+    def adapt_(self, adapts: bool) -> None:
+        """Train the factors, or the weight in their place."""
+        self.adapts = adapts
+        self.weight.requires_grad_(not adapts)
+        for factor in self.factors().values():
+            factor.requires_grad_(adapts)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The product x·(W + s·BA)ᵀ + b; x·Wᵀ + b while the weight is trained."""
+        if not self.adapts:
+            return nn.functional.linear(input, self.W, self.bias)
+        if not (self.dropout and self.training):
+            return super().forward(input)
+        low = nn.functional.linear(nn.functional.dropout(input, self.dropout), self.lora_A[0])
+        return nn.functional.linear(input, self.W, self.bias) + self.scale * low @ self.lora_B[0]
+
+
+class _Switched(Restarts):
+    """Restarts of which the first one takes over from dense training, after ``adapters_from`` steps."""
+
+    adapters_from = 0
+
+    def begin_step(self, step: int) -> None:
+        """Train the dense weights or the factors."""
+        if self.adapters_from:
+            for layer in self.layers.values():
+                if isinstance(layer, RestartedLinear):
+                    layer.adapt_(step >= self.adapters_from)
+
+    def end_step(self, step: int, optimizer: torch.optim.Optimizer) -> list[str]:
+        """Restart what is due; forget gradients and state of weights that are frozen from now on."""
+        lines = super().end_step(step, optimizer)
+        if step + 1 != self.adapters_from:
+            return lines
+        for layer in self.layers.values():
+            assert isinstance(layer, RestartedLinear)
+            layer.adapt_(True)
+            layer.weight.grad = None
+            optimizer.state.pop(layer.weight, None)
+        return [f"factors in place of {len(self.layers)} weights, which are frozen now; their optimizer state is freed"]
+
+
+@dataclass(frozen=True)
+class ReLoRA(WeightRecipe):
+    """ReLoRA: LoRA that is merged into the weights and begun anew several times, so that the sum has a high rank.
+
+    h(x) = Wx + s·BAx with s = alpha/rank. After each cycle W <- W + s·BA, A is drawn anew, B = 0, most of the factors'
+    optimizer state is dropped, and the learning rate climbs from 0 again.
+
+    Args:
+        rank: r.
+        alpha: s = alpha/r.
+        restart_every: steps of a cycle; None: a quarter of the run, or all steps with adapters where there is ``lazy``.
+        full_rank_steps: train the dense weights in so many steps before the factors take over.
+        lazy: give this share of the run, its last steps, factors, and train dense weights before; excludes
+            ``full_rank_steps``.
+        state: what is dropped of the optimizer state: ``magnitude`` (the entries with the smallest first moments),
+            ``random``, or ``reset`` (all).
+        prune: share that is dropped, where it is not all.
+        rewarm: steps in which the learning rate climbs; None: a fiftieth of a cycle, but 10 at least, or half a cycle.
+        dropout: of the inputs of A. The paper's 0.1 is for many epochs; in pre-training no sequence comes twice.
+        rounding: of bfloat16 weights when they take up s·BA: ``nearest`` or ``stochastic``.
+
+    Raises:
+        ValueError: a value that is not allowed.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16))
+        >>> weights = ReLoRA(rank=4, restart_every=10).apply(model)
+        >>> [round(weights.rate(step, lambda step: 1.0), 1) for step in (9, 10, 12, 15)]
+        [1.0, 0.0, 0.4, 1.0]
+
+    Source: arXiv 2307.05695.
+    """
+
+    name: ClassVar[str] = "relora"
+    title: ClassVar[str] = "ReLoRA: High-Rank Training Through Low-Rank Updates"
+    arxiv: ClassVar[str] = "2307.05695"
+    summary: ClassVar[str] = "LoRA merged into the weights and restarted"
+
+    rank: int = 128
+    alpha: float = 32.0
+    restart_every: int | None = None
+    full_rank_steps: int = 0
+    lazy: float | None = None
+    state: Literal["magnitude", "random", "reset"] = "magnitude"
+    prune: float = 0.9
+    rewarm: int | None = None
+    dropout: float = 0.0
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+
+    def __post_init__(self) -> None:
+        check_lora(self)
+        if self.full_rank_steps < 0:
+            raise ValueError(f"full_rank_steps is {self.full_rank_steps!r}; it must be at least 0")
+        if self.lazy is not None and not 0 < self.lazy < 1:
+            raise ValueError(f"lazy is {self.lazy!r}; the share of steps with factors lies between 0 and 1")
+        if self.lazy is not None and self.full_rank_steps:
+            raise ValueError("lazy and full_rank_steps both say when factors take over; give one of them")
+        if self.state not in ("magnitude", "random", "reset"):
+            raise ValueError(f"state={self.state!r}: choose 'magnitude', 'random' or 'reset'")
+        self._transform()
+
+    def _transform(self) -> StateTransform:
+        prune = {"magnitude": MagnitudePrune, "random": RandomPrune}.get(self.state)
+        return ResetState() if prune is None else prune(self.prune)
+
+    def parts(self, steps: int | None = None) -> dict[str, Any]:
+        """Arguments of `Restarts`, also for layers of other kinds, as in `restart_peft`.
+
+        Args:
+            steps: of the whole run.
+
+        Raises:
+            ValueError: ``steps`` is needed and not there, or a cycle is shorter than its re-warming.
+        """
+        start = self._adapters_from(steps)
+        period = self.restart_every
+        if period is None:
+            whole = _needed(steps, "restart_every")
+            period = max(1, whole // 4 if self.lazy is None else whole - start)
+        # The switch to the factors is a restart too.
+        when = Every(period, start - period if start else 0)
+        rewarm = min(max(10, period // 50), period // 2) if self.rewarm is None else self.rewarm
+        if rewarm >= period > 1:
+            raise ValueError(
+                f"rewarm is {rewarm}, a cycle has {period} steps: make cycles longer than their re-warming"
+            )
+        return {"when": when, "state": self._transform(), "rewarm": Rewarm(rewarm), "rounding": self.rounding}
+
+    def _adapters_from(self, steps: int | None) -> int:
+        if self.lazy is None:
+            return self.full_rank_steps
+        whole = _needed(steps, "lazy")
+        return whole - max(1, round(self.lazy * whole))
+
+    def apply(
+        self,
+        model: nn.Module,
+        *,
+        target_modules: str | Sequence[str] = "all-linear",
+        exclude: str | Sequence[str] = (),
+        steps: int | None = None,
+        seed: int = 0,
+    ) -> Restarts:
+        """Replace linear layers by `RestartedLinear`; see `WeightRecipe.apply`.
+
+        With dense training at the start weights and factors are both trainable until the first `begin_step`, so that an
+        optimizer which is built from the model holds both.
+
+        Raises:
+            ValueError: settings that do not fit the model or the number of steps, or no such layer.
+        """
+        parts, start = self.parts(steps), self._adapters_from(steps)
+        if start and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise ValueError(
+                "full_rank_steps and lazy change which parameters have gradients, and DistributedDataParallel fixes "
+                "them when it is built; train the dense part in a run of its own and start from its checkpoint"
+            )
+        layers = {
+            name: RestartedLinear(module, rank=self.rank, scale=self.alpha / self.rank, dropout=self.dropout)
+            for name, module in untied_layers(model, target_modules, exclude).items()
+        }
+        weights = _Switched(model, layers, seed, **parts)
+        weights.adapters_from = start
+        install(weights, layers)
+        for layer in layers.values():
+            layer.weight.requires_grad_(start > 0)
+        return weights
+
+
+def check_lora(recipe: Any) -> None:
+    """Refuse settings of LoRA layers and their restarts that are not allowed."""
+    if recipe.rank < 1:
+        raise ValueError(f"rank is {recipe.rank!r}; it must be at least 1")
+    if not recipe.alpha > 0:
+        raise ValueError(f"alpha is {recipe.alpha!r}; it must be greater than 0")
+    if recipe.restart_every is not None and recipe.restart_every < 1:
+        raise ValueError(f"restart_every is {recipe.restart_every!r}; a cycle has at least 1 step")
+    if recipe.rewarm is not None and recipe.rewarm < 0:
+        raise ValueError(f"rewarm is {recipe.rewarm!r}; it must be at least 0")
+    if not 0 <= recipe.dropout < 1:
+        raise ValueError(f"dropout is {recipe.dropout!r}; it must be at least 0 and less than 1")
+    if recipe.rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding={recipe.rounding!r}: choose 'nearest' or 'stochastic'")
+
+
+def _needed(steps: int | None, setting: str) -> int:
+    if steps is None:
+        raise ValueError(f"{setting} depends on the length of the run: give steps to apply(), or set restart_every")
+    return steps
+
+
+def untied_layers(
+    model: nn.Module, target_modules: str | Sequence[str], exclude: str | Sequence[str]
+) -> dict[str, nn.Module]:
+    """The chosen layers, none of which shares its weight."""
+    modules = select_layers(model, target_modules, exclude)
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name, module in modules.items():
+        shared = owners[id(module.weight)]
+        if len(shared) > 1:
+            raise ValueError(
+                f"{name} shares its weight ({', '.join(shared)}): what is merged into it would change the others too; "
+                "leave it out with exclude, or untie the weights (tie_word_embeddings=False)"
+            )
+    return modules
+
+
+def install(weights: Restarts, layers: dict[str, RestartedLinear]) -> None:
+    """Put layers into their model, with their first factors."""
+    for name, layer in layers.items():
+        replace_module(weights.model, name, layer)
+        layer.reset_(weights.generator(name, -1))
