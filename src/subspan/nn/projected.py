@@ -237,8 +237,8 @@ class ProjectedProduct(torch.autograd.Function):
             rows = dY.reshape(-1, dY.shape[-1])
             bias = rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[1] else None
             x, sketch = kept.reshape(-1, kept.shape[-1]), None
-            basis = None if ctx.is_projected and scale is None else reader.read_basis(behind).to(rows.dtype)
-            thin = None if input_side else rows @ basis
+            basis: Any = None if ctx.is_projected and scale is None else reader.read_basis(behind).to(rows.dtype)
+            thin: Any = None if input_side else rows @ basis
             if dX is not None and scale is not None:
                 T = T.to(rows.dtype)
                 first, second = (rows @ T.mT, basis.mT) if input_side else (thin, T)

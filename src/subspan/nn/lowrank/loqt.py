@@ -1,7 +1,8 @@
-"""LoQT: frozen weights of 4 bits, and one trained factor in a subspace of the gradient that is chosen anew."""
+"""LoQT: frozen weights of 4 bits, and trained factors in subspaces of their gradients that are chosen anew."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,218 +12,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from subspan.linalg import exact_basis, random_stiefel
 from subspan.nn.lowrank.layer import LowRankLayer, replace_module
+from subspan.nn.lowrank.loqt_layer import NF4, LoQTLinear
 from subspan.nn.lowrank.restarts import GrowingGap, Restarts
 from subspan.nn.lowrank.select import select_layers
-from subspan.nn.lowrank.state_transform import Keep, ResetState, edit_state
+from subspan.nn.lowrank.state_transform import Keep, ResetState, edit_state, transform_state
 from subspan.nn.lowrank.weights import LowRankWeights, WeightRecipe
-from subspan.nn.projected import ProjectedProduct
-from subspan.optim.late import basis_from_sketch, key_of, widened
+from subspan.optim.late import key_of
 from subspan.optim.method import State
-from subspan.optim.slots import Reader, Sum, empty_leaf
-from subspan.optim.storage import rounded
-from subspan.state import Blockwise, Codec, DoubleBlockwise, StateSpec
+from subspan.state import Codec, DoubleBlockwise
 
-__all__ = ["LoQT", "LoQTLinear"]
-
-# torchao has an NF4 tensor too. A codec is less: plain tensors, which optimizers, checkpoints and plans know already.
-_NF4 = Blockwise("normal", 4, block=64)
-
-
-class _WholeReader(Reader):
-    """Reads for layers that leave the whole gradient in place of a sketch."""
-
-    def sketch(self, key: Tensor, held: Sequence[Tensor], left: Tensor, right: Tensor) -> Tensor:
-        return left.mT @ right
-
-
-class LoQTLinear(LowRankLayer):
-    """y = x·(W + s·ΔW)ᵀ + b with a frozen W of 4 bits, and ΔW = PT (or its transpose) with a frozen P of 4 bits.
-
-    P spans directions of the shorter side of W, of the input where both are equal. Nothing of the size of W is kept from
-    one pass to the next but its codes.
-
-    Args:
-        layer: the linear layer.
-        rank: r.
-        scale: s.
-        weight: codec of W; None holds it as it is, under its own name.
-        projection: codec of P; None: in the dtype of the factor.
-        exact: find subspaces from the whole gradient, in place of a sketch.
-        compensation: how often W is quantised anew to find the factor that makes up for the error; 0: the factor is
-            zero then.
-
-    Raises:
-        ValueError: a rank above the shorter side.
-
-    Attributes:
-        factor: T (r, longer side): ``lora_B``, transposed, with the input side projected, else ``lora_A``.
-    """
-
-    weight: Tensor
-
-    def __init__(
-        self,
-        layer: nn.Module,
-        *,
-        rank: int,
-        scale: float,
-        weight: Codec | None = _NF4,
-        projection: Codec | None = _NF4,
-        exact: bool = False,
-        compensation: int = 5,
-    ) -> None:
-        super().__init__(layer)
-        own: Any = layer.weight
-        self.rank, self.scale, self.exact, self.compensation = rank, scale, exact, compensation
-        #: Whether P belongs to the input side.
-        self.input_side = self.in_features <= self.out_features
-        short, long = sorted((self.in_features, self.out_features))
-        if not 1 <= rank <= short:
-            raise ValueError(
-                f"rank is {rank}, but the layer is {self.in_features} to {self.out_features}: it must be from 1 to "
-                f"{short}; lower it, or exclude the layer"
-            )
-        dtype = torch.bfloat16 if own.dtype == torch.bfloat16 else torch.float32
-        self.weight_spec = StateSpec((self.out_features, self.in_features), own.dtype, codec=weight)
-        self.basis_spec = StateSpec((short, rank), dtype if projection is None else torch.float32, codec=projection)
-        self._register("basis", self.basis_spec, own.device)
-        if weight is None:
-            self.weight = own
-            self.weight.requires_grad_(False)
-        else:
-            self._register("weight_q", self.weight_spec, own.device)
-        factor = nn.Parameter(torch.zeros(rank, long, device=own.device, dtype=dtype))
-        self.register_parameter("lora_B" if self.input_side else "lora_A", factor)
-        reader = _WholeReader if exact else Reader
-        self._reader = reader(self.basis_spec, weight=self.weight_spec)
-        self._key: Tensor | None = None
-        self._leaf: Tensor | None = None
-        self._sum = Sum()
-
-    def _register(self, key: str, spec: StateSpec, device: torch.device) -> None:
-        for name, part in spec.stored(key).items():
-            self.register_buffer(name, part.allocate(device))
-
-    @property
-    def factor(self) -> nn.Parameter:
-        return next(iter(self.factors().values()))
-
-    def factors(self) -> dict[str, nn.Parameter]:
-        name = "lora_B" if self.input_side else "lora_A"
-        return {name: getattr(self, name)}
-
-    def _held_weight(self) -> tuple[Tensor, ...]:
-        if self.weight_spec.codec is None:
-            return (self.weight.mT if self.transposed else self.weight,)
-        return tuple(getattr(self, name) for name in self.weight_spec.stored("weight_q"))
-
-    def _held_basis(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, name) for name in self.basis_spec.stored("basis"))
-
-    @property
-    def P(self) -> Tensor:
-        """The frozen factor (shorter side, r), decoded, float32."""
-        return self._reader.read_basis(self._held_basis()).float()
-
-    def _oriented(self, X: Tensor) -> Tensor:
-        """A matrix (out, in) with the side of P first, or back; a view."""
-        return X.mT if self.input_side else X
-
-    @torch.no_grad()
-    def effective_weight(self) -> Tensor:
-        W, _ = self._reader.read_weight(self._held_weight(), torch.float32)
-        W = W.clone() if self.weight_spec.codec is None else W
-        self._oriented(W).addmm_(self.P, self.factor.float(), alpha=self.scale)
-        return W
-
-    def forward(self, input: Tensor) -> Tensor:
-        """The product x·W_effᵀ + b."""
-        x, bias, device = input, self.bias, input.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-        held = (*self._held_weight(), *self._held_basis())
-        with torch.autocast(device, enabled=False):
-            return ProjectedProduct.apply(  # type: ignore[no-any-return]
-                x, bias, self._key, self.factor, self._leaf, self.input_side, self._reader, self.scale, None, *held
-            )
-
-    @torch.no_grad()
-    def reset_(self, generator: torch.Generator) -> None:
-        """P random, with orthonormal columns before it is rounded, and T = 0."""
-        self.factor.zero_()
-        if not self.factor.is_meta:
-            short, rank = self.basis_spec.shape
-            self._hold_basis(random_stiefel(short, rank, generator=generator))
-
-    def _hold_basis(self, P: Tensor) -> None:
-        coded = self.basis_spec.encode("", P).values()
-        for held, part in zip(self._held_basis(), coded, strict=True):
-            held.copy_(part)
-
-    @torch.no_grad()
-    def hold_(self, W: Tensor) -> float:
-        """Hold W (out, in): round it, and let T hold what P can of the error; alternate, and keep the best.
-
-        Q = quant(W'), T = P⁺(W − Q)/s, W' = W − s·PT, beginning with W' = W.
-
-        Returns:
-            ‖W − Q − s·PT‖_F / ‖W‖_F.
-        """
-        P, spec = self.P, self.weight_spec
-        inverse = torch.linalg.pinv(P)
-        W = W.float()
-        rounded_from, least = W, math.inf
-        for attempt in range(max(1, self.compensation)):
-            coded = spec.encode("", rounded_from.to(spec.dtype if spec.codec is None else torch.float32))
-            error = W - spec.decode("", coded).float()
-            T = torch.zeros_like(self.factor)
-            if self.compensation:
-                T = (inverse @ self._oriented(error)).div_(self.scale).to(T.dtype)
-            self._oriented(error).addmm_(P, T.float(), alpha=-self.scale)
-            size = float(torch.linalg.vector_norm(error))
-            if attempt == 0 or size < least:
-                least = size
-                self.factor.copy_(T)
-                for held, part in zip(self._held_weight(), coded.values(), strict=True):
-                    held.copy_(part)
-            if not least:
-                break
-            rounded_from = W.clone()
-            self._oriented(rounded_from).addmm_(P, T.float(), alpha=-self.scale)
-        whole = float(torch.linalg.vector_norm(W))
-        return least / whole if whole else 0.0
-
-    def arm(self, key: Tensor) -> None:
-        """Let the backward passes of a step leave a sketch of their gradient, or the whole of it."""
-        short, rank = self.basis_spec.shape
-        width = self.factor.shape[1] if self.exact else rank
-        self._key, self._sum = key, Sum()
-        self._leaf = empty_leaf(short, width, self.factor, self._sum)
-
-    def take_sketch(self) -> Tensor:
-        """What they have left (shorter side, r or longer side), in float32; zeros where there was no backward pass."""
-        Y, self._key, self._leaf = self._sum.value, None, None
-        self._sum = Sum()
-        short, rank = self.basis_spec.shape
-        return self.factor.new_zeros(short, rank, dtype=torch.float32) if Y is None else widened(Y)
-
-    @torch.no_grad()
-    def refresh_(self, Y: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:
-        """Merge the factor, go over to the subspace that a sketch tells, and round the weight again.
-
-        Returns:
-            P_newᵀ·P_old (r, r), and the relative error of the weight, see `hold_`.
-        """
-        W, old, spec = self.effective_weight(), self.P, self.basis_spec
-        if self.exact:
-            new = rounded(spec, exact_basis(Y, spec.shape[1]).basis)
-        else:
-            new, _ = basis_from_sketch(spec, Y, self.factor.dtype, generator, turn=True)
-        self._hold_basis(new)
-        return self.P.mT @ old, self.hold_(W)
+__all__ = ["LoQT"]
 
 
 class _LoQTRestarts(Restarts):
@@ -258,7 +58,7 @@ class _LoQTRestarts(Restarts):
         """
         if not self._due(step):
             return []
-        self.check_optimizer(optimizer)
+        self.transform(step, optimizer)  # which keeps all, but refuses what cannot be transformed
         sketches = {name: layer.take_sketch() for name, layer in self._loqt_layers()}
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             for Y in sketches.values():  # the order of the layers is the same everywhere
@@ -273,9 +73,9 @@ class _LoQTRestarts(Restarts):
             turn, error = layer.refresh_(Y, self.generator(f"{name}.surplus", step))
             errors.append(error)
             if self.moments == "rotate":
-                edit_state(optimizer, layer.factor, lambda state, turn=turn: _rotate(state, turn))
-        if self.moments == "reset":
-            self.transform(step, optimizer)
+                edit_state(optimizer, layer.factor, functools.partial(_rotate, turn))
+            elif self.moments == "reset":
+                transform_state(optimizer, layer.factor, ResetState(), self.generator(name, step))
         worst = f", weights rounded by at most {100 * max(errors):.1f} %" if errors else ""
         words = [f"refresh: {len(errors)} layers have a new subspace{worst}"]
         if kept:
@@ -283,7 +83,7 @@ class _LoQTRestarts(Restarts):
         return words
 
 
-def _rotate(state: State, turn: Tensor) -> None:
+def _rotate(turn: Tensor, state: State) -> None:
     """M <- P_newᵀP_old·M; second moments stay, and where they are zero M is not let in, to be divided by ε."""
     M, V = state.get("exp_avg"), state.get("exp_avg_sq")
     if M is None or M.shape[0] != turn.shape[0]:
@@ -301,8 +101,8 @@ class LoQT(WeightRecipe):
     """LoQT: y = x(W + s·PT)ᵀ, with W and P frozen in 4 bits, and T trained.
 
     P has the leading singular vectors of the gradient of W on its shorter side. After the first step, and then after
-    gaps of first_gap + ⌊growthᵏ⌋ steps, PT is merged into W, P is found anew from the gradient of that step, W is rounded
-    again, and T begins with what makes up for the rounding.
+    gaps of first_gap + ⌊growthᵏ⌋ steps, PT is merged into W, P is found anew from the gradient of that step, W is
+    rounded again, and T begins with what makes up for the rounding.
 
     Args:
         rank: r.
@@ -313,10 +113,11 @@ class LoQT(WeightRecipe):
         weight_bits: 4, or None for weights as they are.
         projection_bits: 4, or None.
         double_quantization: whether the scales of W have 8 bits.
-        svd: ``randomized``: P from a sketch of the gradient, which is never formed; ``exact``: from the gradient itself,
-            which is kept, of all layers, for the step that ends with a refresh.
-        moments: what becomes of the moments of T at a refresh. ``rotate``: the first one is turned to the new subspace;
-            ``reset``: they begin anew; ``keep``: they stay, as in the official code, although they belong to the old one.
+        svd: ``randomized``: P from a sketch of the gradient, which is never formed; ``exact``: from the gradients
+            themselves, which are kept, of all layers, in the steps that end with a refresh.
+        moments: what becomes of the moments of T at a refresh. ``rotate``: the first one is turned to the new
+            subspace; ``reset``: they begin anew; ``keep``: they stay, as in the official code, although they belong to
+            the old one.
 
     Raises:
         ValueError: a value that is not allowed.
@@ -365,7 +166,9 @@ class LoQT(WeightRecipe):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(map(repr, allowed))}")
         if self.double_quantization and self.weight_bits is None:
-            raise ValueError("double_quantization=True needs weights that are quantised; leave it out, or weight_bits=4")
+            raise ValueError(
+                "double_quantization=True needs weights that are quantised; leave it out, or weight_bits=4"
+            )
 
     def apply(
         self,
@@ -379,14 +182,14 @@ class LoQT(WeightRecipe):
         """Replace linear layers by `LoQTLinear`; see `WeightRecipe.apply`."""
         chosen = select_layers(model, target_modules, exclude)
         self._check(model, chosen)
-        codec: Codec = DoubleBlockwise(_NF4) if self.double_quantization else _NF4
+        codec: Codec = DoubleBlockwise(NF4) if self.double_quantization else NF4
         layers: dict[str, LowRankLayer] = {}
         weights = _LoQTRestarts(
             model,
             layers,
             seed,
             when=GrowingGap(self.first_gap, self.growth),
-            state=ResetState() if self.moments == "reset" else Keep(),
+            state=Keep(),
             moments=self.moments,
         )
         for name, module in chosen.items():
@@ -395,7 +198,7 @@ class LoQT(WeightRecipe):
                 rank=self.rank,
                 scale=self.alpha,
                 weight=None if self.weight_bits is None else codec,
-                projection=None if self.projection_bits is None else _NF4,
+                projection=None if self.projection_bits is None else NF4,
                 exact=self.svd == "exact",
                 compensation=self.compensation,
             )
@@ -423,5 +226,5 @@ class LoQT(WeightRecipe):
                 )
             if self.rank > min(W.shape):
                 raise ValueError(
-                    f"rank is {self.rank}, but {name} is a matrix {tuple(W.shape)}; lower the rank, or exclude the layer"
+                    f"rank is {self.rank}, but {name} is a matrix {tuple(W.shape)}; lower the rank, or exclude it"
                 )

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from subspan.nn.lowrank.heads import MultiHeadLoRA
+from subspan.nn.lowrank.loqt import LoQT
 from subspan.nn.lowrank.periodic_lora import PeriodicLoRA
 from subspan.nn.lowrank.relora import ReLoRA
 from subspan.nn.lowrank.weights import WeightRecipe
@@ -13,7 +14,9 @@ from subspan.optim.groups import unknown_setting
 
 __all__ = ["list_weights", "weight_recipe", "weight_recipe_class"]
 
-_RECIPES: dict[str, type[WeightRecipe]] = {recipe.name: recipe for recipe in (MultiHeadLoRA, ReLoRA, PeriodicLoRA)}
+_RECIPES: dict[str, type[WeightRecipe]] = {
+    recipe.name: recipe for recipe in (MultiHeadLoRA, ReLoRA, PeriodicLoRA, LoQT)
+}
 
 
 def list_weights() -> list[str]:
