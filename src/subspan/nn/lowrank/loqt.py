@@ -59,6 +59,9 @@ class _LoQTRestarts(Restarts):
         if not self._due(step):
             return []
         self.transform(step, optimizer)  # which keeps all, but refuses what cannot be transformed
+        if self.moments == "rotate":
+            for _, layer in self._loqt_layers():
+                edit_state(optimizer, layer.factor, functools.partial(_check_rotatable, layer.rank))
         sketches = {name: layer.take_sketch() for name, layer in self._loqt_layers()}
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             for Y in sketches.values():  # the order of the layers is the same everywhere
@@ -85,15 +88,17 @@ class _LoQTRestarts(Restarts):
 
 def _rotate(turn: Tensor, state: State) -> None:
     """M <- P_newᵀP_old·M; second moments stay, and where they are zero M is not let in, to be divided by ε."""
-    M, V = state.get("exp_avg"), state.get("exp_avg_sq")
-    if M is None or M.shape[0] != turn.shape[0]:
-        raise ValueError(
-            "moments='rotate' turns first moments in the shape of the factor, and this optimizer has none; use AdamW, "
-            "or moments='reset'"
-        )
+    M, V = state["exp_avg"], state["exp_avg_sq"]
     M.copy_(turn.to(M.dtype) @ M)
-    if V is not None:
-        M *= V > 0
+    M *= V > 0
+
+
+def _check_rotatable(rank: int, state: State) -> None:
+    if not all(key in state and state[key].shape[0] == rank for key in ("exp_avg", "exp_avg_sq")):
+        raise ValueError(
+            "moments='rotate' turns exp_avg in the shape of the factor, and the state of this optimizer consists of "
+            f"{', '.join(state)}; use AdamW, or moments='reset'"
+        )
 
 
 @dataclass(frozen=True)

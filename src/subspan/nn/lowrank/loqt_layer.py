@@ -19,7 +19,7 @@ from subspan.state import Blockwise, Codec, StateSpec
 
 __all__ = ["NF4", "LoQTLinear"]
 
-#: torchao has a tensor of its own for it. A codec is less: plain tensors, which optimizers, files and plans know already.
+#: torchao has a tensor for it. A codec is less: plain tensors, which optimizers, files and plans know already.
 NF4 = Blockwise("normal", 4, block=64)
 
 
@@ -116,7 +116,7 @@ class LoQTLinear(LowRankLayer):
 
     @property
     def P(self) -> Tensor:
-        """The frozen factor (shorter side, r), decoded, float32."""
+        """The frozen factor (shorter side, r), decoded, in float32; not to be written to."""
         return self._reader.read_basis(self._held_basis()).float()
 
     def _oriented(self, X: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ class LoQTLinear(LowRankLayer):
         Returns:
             P_newᵀ·P_old (r, r), and the relative error of the weight, see `hold_`.
         """
-        W, old, spec = self.effective_weight(), self.P, self.basis_spec
+        W, old, spec = self.effective_weight(), self.P.clone(), self.basis_spec
         if self.exact:
             new = rounded(spec, exact_basis(Y, spec.shape[1]).basis)
         else:
