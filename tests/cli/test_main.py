@@ -36,14 +36,16 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    from subspan.nn.lowrank import list_weights
     from subspan.optim import list_methods
 
     status, out, _ = command("methods", capsys=capsys)
     assert status == 0
-    table, left_out = out.split("\n\n")
-    first_words = [line.split()[0] for line in table.splitlines() if not line.startswith(" ")]
-    assert first_words == ["method", *list_methods()]
+    methods, left_out, weights, adapters = out.split("\n\n")
+    for table, names in ((methods, ["method", *list_methods()]), (weights, ["weights", *list_weights()])):
+        assert [line.split()[0] for line in table.splitlines() if not line.startswith(" ")] == names
     assert "galore_8bit: moments='8bit' has blocks" in left_out
+    assert "dora" in adapters
 
 
 @pytest.mark.parametrize("name", ["pretrain", "sweep"])

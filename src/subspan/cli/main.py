@@ -24,7 +24,7 @@ __all__ = ["main"]
 _LONGEST = 2000
 
 #: Modules of this folder, one a command: add_command(commands, parser_class) and run(arguments) -> exit status.
-_COMMANDS = ("pretrain", "sweep", "plan", "checkpoint", "spectrum", "methods", "bench")
+_COMMANDS = ("pretrain", "sweep", "plan", "checkpoint", "merge", "spectrum", "methods", "bench")
 
 
 def main(argv: list[str] | None = None) -> int:

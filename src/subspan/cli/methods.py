@@ -10,9 +10,12 @@ __all__ = ["add_command", "run"]
 def add_command(commands: Any, parser_class: Any) -> None:
     """Add the command to the parser."""
     parser = parser_class(
-        usage="subspan methods", description="List the optimizers that --method takes. Example: subspan methods."
+        usage="subspan methods",
+        description="List what --method, --weights and --adapter take. Example: subspan methods.",
     )
-    commands.add_subcommand("methods", parser, help="list the optimizers")
+    commands.add_subcommand(
+        "methods", parser, help="list the optimizers, the recipes of low-rank weights, the adapters"
+    )
 
 
 def run(arguments: Any) -> int:
@@ -20,9 +23,12 @@ def run(arguments: Any) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from subspan.nn.lowrank import list_weights, weight_recipe_class
     from subspan.optim import list_methods, method_info
+    from subspan.train.adapters import ADAPTERS
 
-    table = Table("method", "paper", "arXiv", "what it does", "shards", box=None, pad_edge=False, header_style="bold")
+    shape: dict[str, Any] = {"box": None, "pad_edge": False, "header_style": "bold"}
+    table = Table("method", "paper", "arXiv", "what it does", "shards", **shape)
     whole: dict[str, list[str]] = {}
     for name in list_methods():
         info = method_info(name)
@@ -34,4 +40,12 @@ def run(arguments: Any) -> int:
     console.print("\nshards: trains what fully_shard has divided, with its default settings. Not so:", highlight=False)
     for reason, names in whole.items():
         console.print(f"  {', '.join(names)}: {reason}", highlight=False)
+    held = Table("weights", *("paper", "arXiv", "what it does", "DDP", "shards"), **shape)
+    for name in list_weights():
+        recipe = weight_recipe_class(name)
+        answers = ("yes" if can else "no" for can in (recipe.ddp, recipe.shards))
+        held.add_row(name, recipe.title, recipe.arxiv, recipe.summary, *answers)
+    console.print()
+    console.print(held)
+    console.print(f"\nadapters of peft (DDP, no shards): {', '.join(ADAPTERS)}", highlight=False)
     return 0

@@ -43,7 +43,8 @@ class PretrainConfig:
     """Settings of a pretraining run.
 
     Args:
-        method: Optimizer, a name that ``subspan methods`` lists.
+        method: Optimizer, a name that ``subspan methods`` lists. auto: galore for dense weights, adamw for weights of
+            low rank and adapters.
         model: Preset (``llama_9m`` ... ``llama_7b``, ``llama_bench``, ``gpt2-124m``), a Hugging Face config.json, a
             local checkpoint folder with safetensors, or owner/name on the Hugging Face hub.
         data: Text to train on: a text file, .jsonl or .parquet with a field ``text``, gzip or zstandard of these, a
@@ -58,13 +59,24 @@ class PretrainConfig:
         rank: Directions kept of each projected matrix. None: the method's own, else a quarter of the hidden width.
             With ``--optimizer.rank_policy tolerance --optimizer.rtol 0.2`` each matrix gets as many as leave at most
             the share `rtol` of its gradient's norm outside, and `rank` is the most (None: half of the hidden width).
-        target_modules: Which matrices to project: ``all-linear``, a regular expression, or a list of names.
+        target_modules: Which matrices to project, or which layers get weights of low rank or adapters: ``all-linear``,
+            a regular expression, or a list of names; for layers also attention, mlp and logit, joined by ``+``.
         exclude: Names of modules that stay dense in spite of `target_modules`.
+        weights: How the weights of the chosen layers are held: dense, or a recipe of low rank that ``subspan methods``
+            lists.
+        weight_settings: Settings of the recipe, such as ``--weight_settings.heads 4 --weight_settings.rank 32``.
+        adapter: Adapter of peft on the chosen layers of a model that is otherwise frozen, such as lora, dora or vera;
+            ``subspan methods`` lists them.
+        adapter_settings: Settings of the adapter, those of its config in peft; and for kinds of LoRA
+            ``lora_plus_ratio``, the learning rate of B as a multiple of A's.
+        project: Which gradients a method with projections projects where weights are of low rank: factors; others, the
+            matrices that are trained beside them (embeddings, heads); or merged, those of the frozen weights, which are
+            trained too then.
         optimizer: Further settings of the method, such as ``--optimizer.update_proj_gap 50 --optimizer.scale 0.25``.
             update_proj_gap is by default a tenth of the steps, at most the method's own.
         lr: Peak learning rate. None: the method's own.
         lr_scale: Factor on the learning rate of the projected matrices, which want a lower one than the embeddings and
-            the head.
+            the head; with weights of low rank, of the factors.
         other_lr_scale: Factor on the learning rate of all other parameters.
         weight_decay: Decoupled weight decay.
         max_grad_norm: Gradients are clipped to this norm; 0 clips nothing.
@@ -114,7 +126,7 @@ class PretrainConfig:
         report_to: Log to TensorBoard or Weights & Biases too.
     """
 
-    method: str = "galore"
+    method: str = "auto"
     model: str = "llama_bench"
     data: str | None = None
     tokenizer: str | None = None
@@ -125,6 +137,11 @@ class PretrainConfig:
     target_modules: str | list[str] = "all-linear"
     exclude: list[str] = field(default_factory=list)
     optimizer: dict[str, Any] = field(default_factory=dict)
+    weights: str = "dense"
+    weight_settings: dict[str, Any] = field(default_factory=dict)
+    adapter: str | None = None
+    adapter_settings: dict[str, Any] = field(default_factory=dict)
+    project: Literal["factors", "others", "merged"] | None = None
     lr: float | None = None
     lr_scale: float = 0.25
     other_lr_scale: float = 1.0
@@ -166,6 +183,9 @@ class PretrainConfig:
             ValueError: naming the setting, its value and what is allowed.
         """
         check_types(self)
+        if self.method == "auto":
+            self.method = "adamw" if self.low_rank else "galore"
+        self._demand("project", self.project in (None, "factors", "others", "merged"), "factors, others or merged")
         counts = ("steps", "batch_size", "grad_accumulation", "log_every", "eval_batches", "keep_checkpoints")
         for name in (*counts, "max_bad_steps"):
             self._demand(name, getattr(self, name) >= 1, "at least 1")
@@ -192,6 +212,11 @@ class PretrainConfig:
         self._demand("reduce", self.reduce in reductions, "projected, full, power_sgd or null")
         self._demand("shard", self.shard in ("none", "full", "bases"), "none, full or bases")
         self._demand("report_to", self.report_to in ("none", "tensorboard", "wandb"), "none, tensorboard or wandb")
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether some weights are of low rank, or have adapters."""
+        return self.weights != "dense" or self.adapter is not None
 
     def _demand(self, name: str, good: bool, allowed: str) -> None:
         if not good:
@@ -272,7 +297,8 @@ def differences(old: PretrainConfig, new: PretrainConfig) -> list[str]:
 
 def _flat(config: PretrainConfig) -> dict[str, Any]:
     settings = dataclasses.asdict(config)
-    return settings | {f"optimizer.{name}": value for name, value in settings.pop("optimizer").items()}
+    inside = {name: settings.pop(name) for name in ("optimizer", "weight_settings", "adapter_settings")}
+    return settings | {f"{name}.{key}": value for name, values in inside.items() for key, value in values.items()}
 
 
 def write_text(path: Path, text: str) -> None:

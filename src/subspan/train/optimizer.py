@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from subspan.optim import LowRankOptimizer, create_optimizer, method_info
 from subspan.train.config import PretrainConfig
 from subspan.train.processes import launched
 from subspan.train.reduce import check_reduction
+from subspan.train.weights import check_weights, projection_rank, recipe_settings, weight_groups
 
 __all__ = ["build_optimizer", "check_optimizer", "check_settings", "hold_weights", "projected_names", "resolve"]
 
@@ -27,7 +28,8 @@ _INT8_GROUP = 256
 
 
 def resolve(config: PretrainConfig, hidden_size: int) -> PretrainConfig:
-    """Fill in what depends on the method and the model: `lr`, `rank`, `weight_storage` and ``update_proj_gap``.
+    """Fill in what depends on the method and the model: `lr`, `rank`, `weight_storage`, ``update_proj_gap``, and all
+    settings of a recipe of weights.
 
     Args:
         config: settings of the run.
@@ -46,20 +48,28 @@ def resolve(config: PretrainConfig, hidden_size: int) -> PretrainConfig:
     kinds = [kind for kind in reversed(info.optimizer.__mro__) if issubclass(kind, LowRankOptimizer)]
     defaults = {key: value for kind in kinds for key, value in inspect.signature(kind).parameters.items()}
     if info.size is None and config.rank is not None:
-        raise ValueError(f"rank is {config.rank}, but the method {config.method!r} projects nothing; leave rank out.")
+        instead = "; --weight_settings.rank is that of factors" if config.weights != "dense" else ""
+        raise ValueError(
+            f"rank is {config.rank}, but the method {config.method!r} projects nothing; leave rank out{instead}."
+        )
     rank = config.rank
     if rank is None and info.size == "rank":
         share = 2 if config.optimizer.get("rank_policy") == "tolerance" else 4
-        rank = int(info.default_size or max(1, hidden_size // share))
+        size = projection_rank(config, hidden_size) if config.low_rank else max(1, hidden_size // share)
+        rank = int(info.default_size or size)
     optimizer = dict(config.optimizer)
     if "update_proj_gap" in defaults:
         own = defaults["update_proj_gap"].default
         optimizer.setdefault("update_proj_gap", min(own, max(1, config.steps // 10)))
     lr = defaults["lr"].default if config.lr is None else config.lr
-    return dataclasses.replace(config, rank=rank, lr=lr, optimizer=optimizer, weight_storage=_storage(config))
+    held = config.weight_settings if config.weights == "dense" else recipe_settings(config)
+    settled: dict[str, Any] = {"weight_storage": _storage(config), "weight_settings": held}
+    return dataclasses.replace(config, rank=rank, lr=lr, optimizer=optimizer, **settled)
 
 
 def _storage(config: PretrainConfig) -> Literal["float", "int8"]:
+    if config.low_rank:
+        return "float"
     return config.weight_storage or ("float" if method_info(config.method).int8_group is None else "int8")
 
 
@@ -85,9 +95,10 @@ def check_settings(config: PretrainConfig, processes: int | None = None) -> None
         ValueError: an unknown method or setting, or an impossible value.
     """
     fused: Literal["full", "fused"] = "full" if config.gradient == "full" else "fused"
-    settings = dataclasses.replace(
-        resolve(config, 8), target_modules="all-linear", exclude=[], gradient=fused, share_inputs=False
-    )
+    check_weights(config, processes or launched())
+    plain: dict[str, Any] = {"weights": "dense", "weight_settings": {}, "adapter": None, "adapter_settings": {}}
+    plain |= {"project": None, "target_modules": "all-linear", "exclude": [], "gradient": fused, "share_inputs": False}
+    settings = dataclasses.replace(resolve(config, 8), **plain)
     optimizer = build_optimizer(nn.Linear(8, 8), settings)
     check_reduction(dataclasses.replace(config, weight_storage=_storage(config)), optimizer, processes or launched())
     if _storage(config) == "int8" and optimizer.param_groups[0]["rounding"] == "nearest":
@@ -122,21 +133,17 @@ def build_optimizer(model: nn.Module, config: PretrainConfig) -> LowRankOptimize
     settings = dict(config.optimizer)
     if taken := sorted(settings.keys() & _OWN_SETTINGS):
         raise ValueError(f"optimizer: {', '.join(taken)} is a setting of the run; give --{taken[0]} instead.")
-    if config.rank is not None:
-        settings["rank"] = config.rank
+    settings |= {"lr": config.lr, "weight_decay": config.weight_decay, "seed": config.seed}
+    params: Any = model
+    if config.low_rank:
+        params = weight_groups(model, config)
+    else:
+        grouping = ("target_modules", "exclude", "lr_scale", "other_lr_scale")
+        settings |= {name: getattr(config, name) for name in grouping}
+        if config.rank is not None:
+            settings["rank"] = config.rank
     try:
-        optimizer = create_optimizer(
-            config.method,
-            model,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            seed=config.seed,
-            target_modules=config.target_modules,
-            exclude=config.exclude,
-            lr_scale=config.lr_scale,
-            other_lr_scale=config.other_lr_scale,
-            **settings,
-        )
+        optimizer = create_optimizer(config.method, params, **settings)
     except TypeError as error:
         raise ValueError(f"optimizer: {error}") from error
     if config.shard == "bases" and launched() > 1:

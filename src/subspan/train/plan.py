@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from subspan.memory.plan import PeakPlan, adamw_8bit_state_bytes
 from subspan.memory.processes import ProcessPlan, ddp_layouts, one_of, sharded_layouts, trace_sharded, with_buckets
 from subspan.memory.simulate import materialise, rehearse_step, simulated
 from subspan.memory.training import trace_training
+from subspan.nn.lowrank import LowRankWeights, list_weights
 from subspan.optim import LowRankOptimizer, create_optimizer, list_methods, method_info
 from subspan.optim.groups import unknown_setting
 from subspan.train.config import PretrainConfig
@@ -25,6 +27,7 @@ from subspan.train.optimizer import build_optimizer, check_settings, hold_weight
 from subspan.train.plan_settings import PlanSettings
 from subspan.train.presets import PRESETS, skeleton
 from subspan.train.shard import shard_model
+from subspan.train.weights import build_weights
 
 __all__ = ["BASELINES", "Recipe", "largest_that_fits", "left_out", "plan_recipe", "recipes"]
 
@@ -35,6 +38,8 @@ BASELINES = {
     "lora": "peft, all linear layers, the other weights frozen; AdamW with float32 moments",
 }
 
+#: Adapters of peft that compute with their first values, which a plan does not have.
+_UNPLANNED = ("boft", "fourierft", "vblora")
 _WHOLE = "planned with whole models alone"
 
 
@@ -91,6 +96,11 @@ def plan_recipe(settings: PlanSettings) -> Recipe:
         FileNotFoundError: a model folder that does not exist.
     """
     config = _config(settings)
+    if settings.adapter in _UNPLANNED:
+        raise ValueError(
+            f"adapter is {settings.adapter!r}, which computes with its first values, so that peft cannot make it "
+            "without memory: train with --measure_memory true to see what it takes."
+        )
     if settings.method not in BASELINES:
         check_settings(config, settings.world_size)
     elif settings.shard != "none":
@@ -108,6 +118,8 @@ def plan_recipe(settings: PlanSettings) -> Recipe:
         prepare(model, settings.activation_checkpointing)
         if settings.method == "lora":
             model = _with_lora(model, settings, text.hidden_size)
+        resolved = resolve(config, text.hidden_size) if config.low_rank else config
+        model, weights = build_weights(model, resolved)
     trained: dict[str, Any] = {"grad_accumulation": settings.grad_accumulation, "logits_size": text.vocab_size}
     with contextlib.ExitStack() as stack:
         mesh = stack.enter_context(one_of(settings.world_size)) if settings.shard != "none" else None
@@ -119,6 +131,8 @@ def plan_recipe(settings: PlanSettings) -> Recipe:
             plan, processes = _plan_sharded(model, optimizer, config, settings, mesh, loss, trained)
         else:
             step = functools.partial(rehearse_step, optimizer)
+            if weights is not None:
+                loss, step = _between_steps(weights, optimizer, loss, settings.grad_accumulation)
             plan = PeakPlan.of(trace_training(model, optimizer, loss, step=step, **trained))
             if settings.world_size > 1:
                 plan = with_buckets(plan, model, settings.gradient != "full", optimizer)
@@ -126,7 +140,37 @@ def plan_recipe(settings: PlanSettings) -> Recipe:
                     alone = sum(optimizer.planned_state_bytes().values())
                     processes = ProcessPlan(settings.world_size, "none", alone, ddp_layouts(model, optimizer))
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return Recipe(settings.method, settings.gradient, size, parameters, trainable, plan, processes)
+    return Recipe(_name(settings), settings.gradient, size, parameters, trainable, plan, processes)
+
+
+def _between_steps(
+    weights: LowRankWeights, optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor], passes: int
+) -> tuple[Callable[[], Tensor], functools.partial[None]]:
+    """The loss and the step of a run in which the weights are called where its Trainer calls them."""
+    passes, steps, done = min(passes, 2), itertools.count(), itertools.count()
+    now = 0
+
+    def begun() -> Tensor:
+        nonlocal now
+        if next(done) % passes == 0:
+            now = next(steps)
+            weights.begin_step(now)
+        return loss()
+
+    def step() -> None:
+        weights.before_step(now)
+        rehearse_step(optimizer)
+        weights.end_step(now, optimizer)
+
+    return begun, functools.partial(step)
+
+
+def _name(settings: PlanSettings) -> str:
+    """What the table calls the recipe."""
+    kind = settings.adapter or settings.weights
+    if kind == "dense":
+        return settings.method
+    return kind if settings.method == "adamw" else f"{kind}+{settings.method}"
 
 
 def _plan_sharded(
@@ -233,6 +277,10 @@ def _config(settings: PlanSettings) -> PretrainConfig:
     if settings.method in BASELINES:
         if settings.gradient != "full":
             raise ValueError(f"gradient is {settings.gradient!r}, but {settings.method!r} keeps gradients: give full.")
+        if settings.weights != "dense" or settings.adapter is not None:
+            raise ValueError(
+                f"method is {settings.method!r}, which trains dense weights: leave weights and adapter out"
+            )
         if settings.weight_storage == "int8":
             raise ValueError(f"weight_storage is 'int8', which {settings.method!r} cannot train: give float.")
         values["method"] = "adamw"
@@ -243,7 +291,8 @@ def left_out(settings: PlanSettings) -> dict[str, str]:
     """Recipes of ``compare`` that train no divided model, and why."""
     if settings.shard == "none":
         return {}
-    reasons = {name: _WHOLE if name in BASELINES else method_info(name).unshardable for name in _asked(settings)}
+    whole = {*BASELINES, *list_weights()}
+    reasons = {name: _WHOLE if name in whole else method_info(name).unshardable for name in _asked(settings)}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
@@ -261,13 +310,18 @@ def _asked(settings: PlanSettings) -> list[str]:
     else:
         names = [name.strip() for name in settings.compare.split(",") if name.strip()]
         for name in names:
-            if name not in known:
-                raise ValueError(unknown_setting(name, ["all", *known], "recipe in compare"))
-    return [name for name in names if name != settings.method]
+            if name not in (*known, *list_weights()):
+                raise ValueError(unknown_setting(name, ["all", *known, *list_weights()], "recipe in compare"))
+    return [name for name in names if name != _name(settings)]
 
 
 def _beside(settings: PlanSettings, name: str) -> PlanSettings:
     """The settings of another recipe at the same rank and the most sparing treatment of gradients that it can."""
+    plain: dict[str, Any] = {"weights": "dense", "weight_settings": {}, "adapter": None, "adapter_settings": {}}
+    plain |= {"project": None, "optimizer": {}, "weight_storage": None}
+    if name in list_weights():
+        plain |= {"weights": name, "method": "adamw", "gradient": "full", "share_inputs": False, "rank": None}
+        return dataclasses.replace(settings, **plain)
     gradient = settings.gradient
     if name in BASELINES:
         gradient = "full"
@@ -277,7 +331,7 @@ def _beside(settings: PlanSettings, name: str) -> PlanSettings:
     rank = settings.rank if _takes_rank(name) and not own else None
     share = settings.share_inputs and gradient == "projected"
     changes: dict[str, Any] = {"gradient": gradient, "share_inputs": share, "rank": rank}
-    return dataclasses.replace(settings, method=name, optimizer={}, weight_storage=None, **changes)
+    return dataclasses.replace(settings, method=name, **plain | changes)
 
 
 def _with_lora(model: PreTrainedModel, settings: PlanSettings, width: int) -> nn.Module:

@@ -21,11 +21,17 @@ class PlanSettings:
     Args:
         model: Preset (``llama_9m`` ... ``llama_7b``, ``llama_bench``, ``gpt2-124m``), a Hugging Face config.json, a
             model folder, or owner/name on the Hugging Face hub. Weights are neither made nor read.
-        method: Optimizer, a name that ``subspan methods`` lists.
+        method: Optimizer, a name that ``subspan methods`` lists. auto: galore for dense weights, else adamw.
         rank: Directions kept of each projected matrix. None: the method's own, else a quarter of the hidden width.
         optimizer: Further settings of the method, such as ``--optimizer.svd exact``.
         target_modules: Which matrices to project: ``all-linear``, a regular expression, or a list of names.
         exclude: Names of modules that stay dense in spite of `target_modules`.
+        weights: dense, or a recipe of low-rank weights, as in ``subspan pretrain``.
+        weight_settings: Settings of the recipe.
+        adapter: Adapter of peft, as in ``subspan pretrain``.
+        adapter_settings: Settings of the adapter.
+        project: What a method with projections projects where weights are of low rank, as in ``subspan pretrain``.
+        steps: Of the whole run, where a recipe of weights depends on them.
         vocab_size: Tokens in the vocabulary. None: the model's own.
         dtype: float32; bfloat16 (weights and gradients in bfloat16); or amp (float32 weights, bfloat16 arithmetic).
         weight_storage: float or int8 for the weights of the linear layers. None: int8 for q_galore, q_apollo and
@@ -40,7 +46,8 @@ class PlanSettings:
         shard: What they divide, as in ``subspan pretrain``: none, every process holds the model and the optimizer's
             state (DDP); full, each holds a share (FSDP2) and whole bases; or bases, a share of these too.
         compare: Other recipes to plan beside it: ``all``, or names separated by commas: those of ``subspan methods``,
-            ``adamw_torch`` (moments in the dtype of the weights), ``adamw_8bit`` (torchao) and ``lora`` (peft).
+            ``adamw_torch`` (moments in the dtype of the weights), ``adamw_8bit`` (torchao) and ``lora`` (peft); and by
+            name alone recipes of low-rank weights, with adamw.
         budget: Memory of the device: 24GiB, 80GB, or a number of bytes.
         solve: Find the largest value of this setting that fits the budget.
         device: accelerator or cpu: where training will run. It decides in which pieces the optimizer works.
@@ -49,11 +56,17 @@ class PlanSettings:
     """
 
     model: str = "llama_bench"
-    method: str = "galore"
+    method: str = "auto"
     rank: int | None = None
     optimizer: dict[str, Any] = field(default_factory=dict)
     target_modules: str | list[str] = "all-linear"
     exclude: list[str] = field(default_factory=list)
+    weights: str = "dense"
+    weight_settings: dict[str, Any] = field(default_factory=dict)
+    adapter: str | None = None
+    adapter_settings: dict[str, Any] = field(default_factory=dict)
+    project: Literal["factors", "others", "merged"] | None = None
+    steps: int = 800
     vocab_size: int | None = None
     dtype: Literal["float32", "bfloat16", "amp"] = "float32"
     weight_storage: Literal["float", "int8"] | None = None
@@ -79,8 +92,10 @@ class PlanSettings:
             ValueError: naming the setting, its value and what is allowed.
         """
         check_types(self)
-        least = {"batch_size": 1, "grad_accumulation": 1, "seq_len": 2, "vocab_size": 2, "rank": 1, "world_size": 1}
-        for name, minimum in least.items():
+        if self.method == "auto":
+            self.method = "galore" if self.weights == "dense" and self.adapter is None else "adamw"
+        counts = ("batch_size", "grad_accumulation", "rank", "world_size", "steps")
+        for name, minimum in {"seq_len": 2, "vocab_size": 2, **dict.fromkeys(counts, 1)}.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
                 raise ValueError(f"{name} is {value}; it must be at least {minimum}.")

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, default_data_collator
 
 from subspan.memory import plan
+from subspan.nn.lowrank import LowRankWeights
 from subspan.train.bad_records import BadRecords
 from subspan.train.callbacks import MetricsCallback, MetricsFile, ProgressCallback, StopCallback
 from subspan.train.config import PretrainConfig, write_text
@@ -24,7 +25,7 @@ from subspan.train.lock import RunLock
 from subspan.train.loss import check_chunked_loss
 from subspan.train.measure import MeasureCallback, plan_run, show_peaks
 from subspan.train.optimizer import check_settings, hold_weights, resolve
-from subspan.train.presets import build_model, model_tokenizer
+from subspan.train.presets import MERGE_FIRST, build_model, model_tokenizer
 from subspan.train.processes import ALONE, Processes, join
 from subspan.train.ranks import RanksCallback, mean_rank, plot_ranks
 from subspan.train.run_folder import (
@@ -40,6 +41,7 @@ from subspan.train.run_folder import (
 from subspan.train.shard import launch_settings, shard_model
 from subspan.train.summary import RunSummary, finished_summary, generate_sample, measured_bytes, show_end, show_start
 from subspan.train.trainer import PretrainTrainer, peak_memory_bytes, perplexity
+from subspan.train.weights import WeightsCallback, build_weights
 
 __all__ = ["PretrainConfig", "RunSummary", "build_trainer", "load_run", "pretrain"]
 
@@ -121,11 +123,12 @@ def _pretrain(
         console.print(f"The run in {escape(str(folder.path))} is finished: perplexity {finished.perplexity_text}.")
         return finished
 
+    model, weights = build_weights(model, config)
     if config.shard != "none" and processes.size > 1:
         shard_model(model)
     # The Trainer would create it with an error of its own, in the first process alone.
     processes.from_first(lambda: claim(folder, lock))
-    trainer = reached.trainer = build_trainer(config, folder, data, model, processes)
+    trainer = reached.trainer = build_trainer(config, folder, data, model, processes, weights)
     trainer.create_optimizer()
     if config.carry_over is not None and folder.checkpoint is None:
         trainer.carry_over(config.carry_over)
@@ -142,6 +145,9 @@ def _pretrain(
     if processes.first:
         trainer.add_callback(MetricsCallback(metrics, data.bad))
         trainer.add_callback(RanksCallback(metrics, trainer.low_rank_optimizer))
+    if weights is not None:
+        written = metrics if processes.first else None
+        trainer.add_callback(WeightsCallback(weights, trainer.low_rank_optimizer, written, console))
     show_start(console, config, model, trainer, data, folder.path, folder.step)
     for message in folder.skipped:
         console.print(message, style="yellow", markup=False, highlight=False)
@@ -171,6 +177,8 @@ def _pretrain(
     else:
         # Killed between the last checkpoint and the last line of the metrics.
         trainer._load_from_checkpoint(str(folder.checkpoint))
+        if weights is not None:
+            weights.begin_step(config.steps)
 
     assert progress is not None
     eval_loss = next(entry["eval_loss"] for entry in reversed(losses) if "eval_loss" in entry)
@@ -248,8 +256,15 @@ def build_trainer(
     data: TextData,
     model: PreTrainedModel,
     processes: Processes = ALONE,
+    weights: LowRankWeights | None = None,
 ) -> PretrainTrainer:
-    """Return the Trainer of a run; `config` is resolved, and a streamed source is moved to the folder's checkpoint."""
+    """Return the Trainer of a run; `config` is resolved, and a streamed source is moved to the folder's checkpoint.
+
+    Raises:
+        ValueError: settings that do not fit the data; weights of low rank that `build_weights` has not made.
+    """
+    if config.low_rank and weights is None:
+        raise ValueError(f"the run has weights of low rank, which are not looked at here: {MERGE_FIRST}.")
     batch_size, grad_accumulation = shared_batch(config, folder.processes, processes.size)
     if grad_accumulation != config.grad_accumulation:
         check_settings(dataclasses.replace(config, batch_size=batch_size, grad_accumulation=grad_accumulation))
@@ -300,6 +315,7 @@ def build_trainer(
         config,
         progress,
         processes,
+        weights,
         model=model,
         args=arguments,
         train_dataset=_whole_steps(data, config, arguments),

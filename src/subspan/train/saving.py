@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import Trainer
 
 from subspan.checkpoint import read_optimizer, rotate, staged, verify, write_optimizer
 from subspan.checkpoint.load import load_weights
@@ -23,9 +23,11 @@ from subspan.checkpoint.plain import read_plain, write_plain
 from subspan.checkpoint.save import write_parts
 from subspan.checkpoint.staging import STAGING
 from subspan.checkpoint.states import is_sharded
+from subspan.nn.lowrank import LowRankWeights
 from subspan.nn.quantised import STEPS
 from subspan.optim import LowRankOptimizer
 from subspan.train.config import PretrainConfig, write_text
+from subspan.train.low_rank_files import check_low_rank, write_low_rank
 from subspan.train.presets import build_model
 
 __all__ = ["PROGRESS_FILE", "STEPS_FILE", "SavingTrainer"]
@@ -41,6 +43,7 @@ class SavingTrainer(Trainer):
     """What a Trainer needs to save and to load; the Trainer's own pickles are neither written nor read."""
 
     config: PretrainConfig
+    weights: LowRankWeights | None
     _staging: bool
     _mark: float
 
@@ -104,15 +107,19 @@ class SavingTrainer(Trainer):
         return is_sharded(dict(self.network.named_parameters()))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model; of one that is divided over processes what makes a model of its parts."""
-        if not self._is_sharded():
+        """Save the model; of one that is divided over processes what makes a model of its parts.
+
+        One with weights of low rank is saved as it is trained, under names that nobody takes for an ordinary model's.
+        """
+        if not self._is_sharded() and self.weights is None:
             super().save_model(output_dir, _internal_call)
             return
         folder = Path(output_dir or str(self.args.output_dir))
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            network = self.network
-            assert isinstance(network, PreTrainedModel)
+            network: Any = self.network
+            if not self._is_sharded():
+                write_low_rank(folder, network, self.config)
             network.config.save_pretrained(folder)
             if network.generation_config is not None:
                 network.generation_config.save_pretrained(folder)
@@ -138,7 +145,9 @@ class SavingTrainer(Trainer):
         """
         target, folder = self.network if model is None else model, Path(resume_from_checkpoint)
         manifest = verify(folder, files=()).raise_if_bad()
-        if manifest.layout == "sharded" or self._is_sharded():
+        if self.weights is not None:
+            check_low_rank(folder)
+        if manifest.layout == "sharded" or self._is_sharded() or self.weights is not None:
             load_weights(folder, target)
             return
         dtype = next(target.parameters()).dtype

@@ -25,6 +25,7 @@ from subspan.train.config import PretrainConfig
 from subspan.train.data import PackedDataset, TextData
 from subspan.train.reduce import reduction
 from subspan.train.trainer import PretrainTrainer
+from subspan.train.weights import describe
 
 __all__ = ["RunSummary", "finished_summary", "generate_sample", "measured_bytes", "show_end", "show_start"]
 
@@ -116,6 +117,11 @@ def show_start(
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
     facts.add_row("model", f"{escape(config.model)}: {total:,} parameters, {projected / total:.0%} of them projected")
+    if config.low_rank:
+        what, layers = describe(model, config)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        facts.add_row("weights", escape(f"{what}: {trained:,} parameters trained ({trained / total:.1%})"))
+        facts.add_row("", escape(f"replaced: {layers}"))
     sequences = f"{len(data.train):,} sequences" if isinstance(data.train, PackedDataset) else "streamed"
     held_out = f"{len(data.validation):,} held out for validation"
     text = escape(config.data or "Python standard library")

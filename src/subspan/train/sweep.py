@@ -24,7 +24,10 @@ __all__ = ["SweepResult", "sweep"]
 
 BASE_FILE = "sweep.yaml"
 RESULTS_FILE = "sweep.jsonl"
-_NOT_SWEPT = frozenset({"output", "resume", "optimizer"})
+#: Settings that are mappings, whose values are swept under ``NAME.KEY``.
+_MAPPINGS = ("optimizer", "weight_settings", "adapter_settings")
+_DOTTED = tuple(f"{name}." for name in _MAPPINGS)
+_NOT_SWEPT = frozenset({"output", "resume", *_MAPPINGS})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,13 +100,13 @@ def _axes(grid: dict[str, Any]) -> dict[str, list[Any]]:
     """Check the grid; ``{"optimizer": {"scale": [...]}}`` becomes ``optimizer.scale``."""
     axes: dict[str, Any] = {}
     for name, values in grid.items():
-        if name == "optimizer" and isinstance(values, dict):
-            axes |= {f"optimizer.{key}": value for key, value in values.items()}
+        if name in _MAPPINGS and isinstance(values, dict):
+            axes |= {f"{name}.{key}": value for key, value in values.items()}
         else:
             axes[name] = values
     known = [setting.name for setting in dataclasses.fields(PretrainConfig) if setting.name not in _NOT_SWEPT]
     for name, values in axes.items():
-        if name not in known and not name.startswith("optimizer."):
+        if name not in known and not name.startswith(_DOTTED):
             close = difflib.get_close_matches(name, known, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"grid: {name!r} is no setting that can be swept.{hint} Others: {', '.join(known)}.")
@@ -132,9 +135,11 @@ def _name(settings: dict[str, Any]) -> str:
 
 
 def _apply(config: PretrainConfig, settings: dict[str, Any]) -> PretrainConfig:
-    own = {key: value for key, value in settings.items() if not key.startswith("optimizer.")}
-    optimizer = {key.removeprefix("optimizer."): value for key, value in settings.items() if key not in own}
-    return dataclasses.replace(config, **own, optimizer=config.optimizer | optimizer)
+    own = {key: value for key, value in settings.items() if not key.startswith(_DOTTED)}
+    for name in _MAPPINGS:
+        inside = {key.removeprefix(f"{name}."): value for key, value in settings.items() if key.startswith(f"{name}.")}
+        own[name] = getattr(config, name) | inside
+    return dataclasses.replace(config, **own)
 
 
 def _diverged(folder: Path) -> RunSummary:

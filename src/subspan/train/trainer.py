@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from subspan.distributed import Traffic
 from subspan.linalg import seeded_generator
+from subspan.nn.lowrank import LowRankWeights
 from subspan.train.config import PretrainConfig
 from subspan.train.data import StreamedDataset
 from subspan.train.faults import FaultsCallback
@@ -61,6 +62,7 @@ class PretrainTrainer(SavingTrainer):
         config: resolved settings of the run.
         progress: what `PROGRESS_FILE` of the checkpoint holds from which the run continues.
         processes: that train together.
+        weights: of low rank, None where all are dense.
         **kwargs: see `transformers.Trainer`.
     """
 
@@ -69,9 +71,11 @@ class PretrainTrainer(SavingTrainer):
         config: PretrainConfig,
         progress: dict[str, Any] | None = None,
         processes: Processes = ALONE,
+        weights: LowRankWeights | None = None,
         **kwargs: Any,
     ) -> None:
         self.config = config
+        self.weights = weights
         self.progress = progress
         self.processes = processes
         self.step_loss: torch.Tensor | float = 0.0
@@ -109,6 +113,30 @@ class PretrainTrainer(SavingTrainer):
             elif self.processes.size > 1:
                 self.traffic = reduce_before_wrapping(self.config, self.network, self.low_rank_optimizer)
         return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """Create the schedule, which the weights may change where they begin anew."""
+        created = self.lr_scheduler is None
+        scheduler: Any = super().create_scheduler(*args, **kwargs)
+        if created and self.weights is not None:
+            rates = [functools.partial(self.weights.rate, schedule=schedule) for schedule in scheduler.lr_lambdas]
+            scheduler.lr_lambdas = rates
+            for group, lr, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, rates, strict=True):
+                group["lr"] = lr * rate(scheduler.last_epoch)
+        return scheduler
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        self._before_step()
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if grad_norm is None:  # nothing is clipped
+            self._before_step()
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _before_step(self) -> None:
+        if self.weights is not None:
+            self.weights.before_step(self.state.global_step)
 
     def _norm_is_ours(self) -> bool:
         if self.config.gradient != "full":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from subspan.nn.lowrank.layer import LowRankLayer, replace_module
 from subspan.nn.lowrank.select import select_layers
 from subspan.nn.lowrank.weights import LowRankWeights, WeightRecipe
 
-__all__ = ["HeadsLinear", "MultiHeadLoRA"]
+__all__ = ["HeadsEmbedding", "HeadsLinear", "HeadsWeights", "MultiHeadLoRA"]
 
 
 class HeadsLinear(LowRankLayer):
@@ -54,13 +54,18 @@ class HeadsLinear(LowRankLayer):
     @torch.no_grad()
     def reset_(self, generator: torch.Generator) -> None:
         """Aₙ orthogonal times √(in/r), Bₙ = 0."""
+        self._reset(generator, range(self.heads))
+
+    def _reset(self, generator: torch.Generator, own: range) -> None:
+        """Draw the heads that are here, of more that are drawn in order."""
         self.lora_B.zero_()
         if self.lora_A.is_meta:
             return
-        for A in self.lora_A:
+        for number in range(own.stop):
             drawn = torch.randn(self.in_features, self.rank, generator=generator)
-            Q = orthonormalize(drawn) if self.rank <= self.in_features else orthonormalize(drawn.mT).mT
-            A.copy_(Q.mT * (self.in_features / self.rank) ** 0.5)
+            if number in own:
+                Q = orthonormalize(drawn) if self.rank <= self.in_features else orthonormalize(drawn.mT).mT
+                self.lora_A[number - own.start].copy_(Q.mT * (self.in_features / self.rank) ** 0.5)
 
     def effective_weight(self) -> Tensor:
         A, B = (factor.float().flatten(0, 1) for factor in (self.lora_A, self.lora_B))
@@ -68,10 +73,79 @@ class HeadsLinear(LowRankLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """The product x·W_effᵀ + b."""
+        return self._sum(input, self.lora_A.flatten(0, 1), self.lora_B.flatten(0, 1), self.bias)
+
+    def _sum(self, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
+        """xWᵀ + b + (s/N)·xAᵀB with A (k, in) and B (k, out)."""
+        y = nn.functional.linear(x, self.W, bias)
+        low_rank = torch.addmm(
+            y.flatten(0, -2), nn.functional.linear(x, A).flatten(0, -2), B.to(y.dtype), alpha=self.scale / self.heads
+        )
+        return low_rank.view(y.shape)
+
+    def embed(self, ids: Tensor, embedding: nn.Embedding) -> Tensor:
+        """Rows of the effective weight, for an embedding that is tied to this layer."""
         A, B = self.lora_A.flatten(0, 1), self.lora_B.flatten(0, 1)
-        y = nn.functional.linear(input, self.W, self.bias).flatten(0, -2)
-        y = torch.addmm(y, nn.functional.linear(input, A).flatten(0, -2), B.to(y.dtype), alpha=self.scale / self.heads)
-        return y.view(*input.shape[:-1], -1)
+        return rows_of(ids, self.weight, A, B, self.scale / self.heads, embedding)
+
+
+def rows_of(ids: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float, embedding: nn.Embedding) -> Tensor:
+    """Rows of W + scale·BᵀA."""
+    low_rank = nn.functional.embedding(ids, B.mT) @ A
+    return nn.functional.embedding(ids, W, embedding.padding_idx).add(low_rank, alpha=scale)
+
+
+class HeadsEmbedding(nn.Module):
+    """An embedding whose weight is that of an output layer with heads, tied to it.
+
+    Args:
+        embedding: in whose place it stands.
+        layer: the output layer, which holds all parameters.
+    """
+
+    def __init__(self, embedding: nn.Embedding, layer: HeadsLinear) -> None:
+        super().__init__()
+        # In a tuple, so that the parameters keep the name that they have in the output layer.
+        self._tied = (embedding, layer)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Rows of the layer's effective weight."""
+        embedding, layer = self._tied
+        return layer.embed(input, embedding)
+
+    def dense(self, weight: nn.Parameter) -> nn.Embedding:
+        """The embedding again, with the weight of the output layer that has become an ordinary one."""
+        embedding, _ = self._tied
+        embedding.weight = weight
+        return embedding
+
+
+class HeadsWeights(LowRankWeights):
+    """Layers with heads, and the embeddings that are tied to some of them.
+
+    Args:
+        model, layers, seed: see `LowRankWeights`.
+        embeddings: name of a `HeadsEmbedding` to the name of its layer.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: dict[str, LowRankLayer], embeddings: dict[str, str], seed: int = 0
+    ) -> None:
+        super().__init__(model, layers, seed)
+        self.embeddings = embeddings
+
+    def begin(self) -> None:
+        """Draw all factors."""
+        for name, layer in self.layers.items():
+            layer.reset_(self.generator(name, -1))
+
+    def merge(self) -> list[str]:
+        """Turn the model into an ordinary one that computes the same, with the ties that it had."""
+        names = super().merge()
+        for name, tied in self.embeddings.items():
+            embedding: Any = self.model.get_submodule(name)
+            replace_module(self.model, name, embedding.dense(self.model.get_submodule(tied).weight))
+        return names
 
 
 @dataclass(frozen=True)
@@ -123,12 +197,34 @@ class MultiHeadLoRA(WeightRecipe):
         seed: int = 0,
     ) -> LowRankWeights:
         """Replace linear layers by `HeadsLinear`; see `WeightRecipe.apply`."""
-        layers = {}
-        for name, module in select_layers(model, target_modules, exclude).items():
-            layer = HeadsLinear(module, heads=self.heads, rank=self.rank, scale=self.alpha / self.rank)
-            replace_module(model, name, layer)
-            layers[name] = layer
-        weights = LowRankWeights(model, dict(layers), seed)
-        for name, layer in layers.items():
-            layer.reset_(weights.generator(name, -1))
+        layers, embeddings = self.replace(
+            model,
+            select_layers(model, target_modules, exclude),
+            lambda module: HeadsLinear(module, heads=self.heads, rank=self.rank, scale=self.alpha / self.rank),
+        )
+        weights = HeadsWeights(model, layers, embeddings, seed)
+        weights.begin()
         return weights
+
+    @staticmethod
+    def replace(
+        model: nn.Module, chosen: dict[str, nn.Module], make: Callable[[nn.Module], HeadsLinear]
+    ) -> tuple[dict[str, LowRankLayer], dict[str, str]]:
+        """Put layers with heads in the place of those that were ``chosen``, and embeddings that are tied to them.
+
+        Returns:
+            The layers by name, and the names of the embeddings with those of their layers.
+        """
+        tied: dict[Any, tuple[str, nn.Embedding]] = {
+            module.weight: (name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding)
+        }
+        layers: dict[str, LowRankLayer] = {}
+        embeddings = {}
+        for name, module in chosen.items():
+            embedding = tied.get(module.weight)
+            layers[name] = layer = make(module)
+            replace_module(model, name, layer)
+            if embedding is not None:
+                embeddings[embedding[0]] = name
+                replace_module(model, embedding[0], HeadsEmbedding(embedding[1], layer))
+        return layers, embeddings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -11,7 +12,7 @@ from subspan.optim import param_groups
 from subspan.optim.names import canonical_name
 from subspan.optim.param_groups import output_heads
 
-__all__ = ["KINDS", "layer_kind", "select_layers"]
+__all__ = ["KINDS", "check_untied", "layer_kind", "select_layers"]
 
 #: Words that ``target_modules`` may join with ``+``, with parts of the names of such modules.
 KINDS = {
@@ -75,6 +76,24 @@ def select_layers(
             "only nn.Linear and Conv1D can have weights of low rank"
         )
     return {name: modules[name] for name in chosen}
+
+
+def check_untied(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
+    """Refuse layers whose matrix is also another's: without it they would be tied in the configuration alone.
+
+    Raises:
+        ValueError: there is one; both are named.
+    """
+    owners: dict[Any, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for key, parameter in module._parameters.items():
+            owners.setdefault(parameter, []).append(f"{name}.{key}")
+    for name, module in chosen.items():
+        if others := [other for other in owners[module.weight] if other != f"{name}.weight"]:
+            raise ValueError(
+                f"{name}.weight is tied to {', '.join(others)}, which cannot be given up for factors; untie them "
+                "(tie_word_embeddings=False), or name the layer in exclude"
+            )
 
 
 def _named(

@@ -31,6 +31,7 @@ class LowRankWeights:
         for step in range(steps):
             weights.begin_step(step)
             loss(model, batch).backward()
+            weights.before_step(step)
             optimizer.step()
             weights.end_step(step, optimizer)
             optimizer.zero_grad()
@@ -54,6 +55,9 @@ class LowRankWeights:
 
     def begin_step(self, step: int) -> None:
         """Before the forward pass of step ``step`` (0 is the first one)."""
+
+    def before_step(self, step: int) -> None:
+        """When the gradients of step ``step`` are there and summed up, before they are clipped."""
 
     def end_step(self, step: int, optimizer: torch.optim.Optimizer) -> list[str]:
         """After the optimizer has done step ``step``, before gradients are forgotten.
@@ -85,6 +89,9 @@ class WeightRecipe(ABC):
     title: ClassVar[str]
     arxiv: ClassVar[str]
     summary: ClassVar[str]
+    #: Whether several processes can train it, each with a copy (DistributedDataParallel), and divided (fully_shard).
+    ddp: ClassVar[bool] = True
+    shards: ClassVar[bool] = False
 
     @abstractmethod
     def apply(

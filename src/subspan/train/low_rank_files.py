@@ -1,0 +1,162 @@
+"""Models with weights of low rank or adapters in checkpoints, and ordinary models made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subspan.checkpoint import latest, verify
+from subspan.checkpoint.load import load_weights
+from subspan.checkpoint.plain import write_plain
+from subspan.checkpoint.save import TIED
+from subspan.checkpoint.states import model_tensors
+from subspan.checkpoint.tensors import write_whole
+from subspan.train.config import PretrainConfig, write_text
+from subspan.train.presets import LOW_RANK_FILE, build_model
+from subspan.train.weights import build_weights
+
+__all__ = ["Merged", "check_low_rank", "merge_run", "write_low_rank"]
+
+WEIGHTS_FILE = "low_rank.safetensors"
+#: Folder in a checkpoint with what peft's own ``from_pretrained`` reads.
+ADAPTER_FOLDER = "adapter"
+_SCHEMA = 1
+#: Settings of a run from which its model is built again.
+_SETTINGS = (
+    "weights", "weight_settings", "adapter", "adapter_settings", "project", "target_modules", "exclude", "steps",
+    "seed", "dtype",
+)  # fmt: skip
+_TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
+
+
+def write_low_rank(folder: Path, model: nn.Module, config: PretrainConfig) -> None:
+    """Write a model as it is trained: all its tensors, and what its layers are made from."""
+    tensors, tied = model_tensors(model)
+    write_whole(folder / WEIGHTS_FILE, tensors)
+    if tied:
+        write_plain(folder / TIED, tied)
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name in _SETTINGS}
+    write_text(folder / LOW_RANK_FILE, json.dumps({"schema": _SCHEMA, **settings}, indent=2) + "\n")
+    if config.adapter is not None:
+        peft_model: Any = model
+        # Else peft would ask the hub whether embeddings have grown.
+        peft_model.save_pretrained(folder / ADAPTER_FOLDER, save_embedding_layers=False)
+
+
+def check_low_rank(folder: Path) -> PretrainConfig:
+    """The settings of the weights that a checkpoint holds.
+
+    Raises:
+        ValueError: it holds an ordinary model, or the file cannot be used.
+    """
+    file = folder / LOW_RANK_FILE
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} holds an ordinary model, with no weights of low rank or adapters: start from its weights with "
+            "--model in place of --carry_over."
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["schema"] > _SCHEMA:
+            raise ValueError(f"it has format {content['schema']}, newer than {_SCHEMA}; update subspan")
+        return PretrainConfig(**{name: content[name] for name in _SETTINGS})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} cannot be used: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """What `merge_run` did.
+
+    Attributes:
+        output: folder of the model.
+        layers: names of the layers that were merged.
+        difference: the largest of the logits of the two models on the same tokens.
+    """
+
+    output: Path
+    layers: list[str]
+    difference: float
+
+
+@torch.no_grad()
+def merge_run(source: str | Path, output: str | Path | None = None) -> Merged:
+    """Make an ordinary model, as transformers loads it, of a run with weights of low rank or an adapter.
+
+    Args:
+        source: folder of a run, whose newest whole checkpoint is taken, or a checkpoint.
+        output: new folder. None: ``merged-STEP`` in the folder of the run.
+
+    Returns:
+        Where it is, and by how much its outputs differ from those of the model that was trained.
+
+    Raises:
+        FileNotFoundError: no such run or checkpoint.
+        ValueError: it holds an ordinary model already or is not whole, ``output`` exists, or the outputs differ by more
+            than rounding.
+    """
+    source = Path(source).expanduser()
+    checkpoint = source
+    if source.is_dir() and not (source / "manifest.json").is_file():
+        newest = latest(source)
+        if newest is None:
+            raise FileNotFoundError(f"{source} holds no whole checkpoint; give the folder of a run, or a checkpoint.")
+        checkpoint = newest
+    manifest = verify(checkpoint).raise_if_bad()
+    config = check_low_rank(checkpoint)
+    step = manifest.step or 0
+    target = checkpoint.resolve().parent / f"merged-{step}" if output is None else Path(output).expanduser()
+    if target.exists():
+        raise ValueError(f"output {str(target)!r} exists; a model is never overwritten: choose another folder.")
+    dtype = torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+    model = build_model(str(checkpoint / "config.json"), seq_len=2, dtype=dtype)
+    trained, weights = build_weights(model, config)
+    assert weights is not None
+    load_weights(checkpoint, trained)
+    weights.begin_step(step)
+    before = _logits(trained)
+    layers = weights.merge()
+    ordinary: Any = weights.model
+    difference = float((_logits(ordinary) - before).abs().max())
+    if not difference <= (0.05 if dtype == torch.bfloat16 else 1e-3) * float(before.abs().max().clamp(min=1.0)):
+        raise ValueError(
+            f"the merged model's logits differ by {difference:.3g} from those of the model in {checkpoint}, so nothing "
+            "was written. A weight that several layers share (tie_word_embeddings) cannot take up what one of them has "
+            "learnt: leave such a layer out with --exclude."
+        )
+    with _appearing(target) as folder:
+        ordinary.config.use_cache = True
+        ordinary.save_pretrained(folder)
+        for pattern in _TOKENIZER:
+            for file in checkpoint.glob(pattern):
+                shutil.copyfile(file, folder / file.name)
+    return Merged(target, layers, difference)
+
+
+def _logits(model: nn.Module) -> Tensor:
+    network: Any = model.eval()
+    ids = torch.arange(16).remainder(network.config.get_text_config().vocab_size).view(2, 8)
+    return network(input_ids=ids).logits.float()  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A folder that gets the name ``target`` when all is in it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    try:
+        yield folder
+        folder.chmod(0o755)
+        folder.rename(target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise

@@ -1,0 +1,284 @@
+"""Weights of low rank in a run: built from its settings, grouped for its optimizer, called between its steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from typing import Any
+
+from rich.console import Console
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from subspan.nn.lowrank import LowRankWeights, low_rank_layers, weight_recipe, weight_recipe_class
+from subspan.optim import LowRankOptimizer, method_info
+from subspan.optim.names import canonical_name
+from subspan.train.adapters import adapter_factors, adapter_layers, apply_adapter, check_adapter
+from subspan.train.callbacks import MetricsFile
+from subspan.train.config import PretrainConfig, check_types
+
+__all__ = ["WeightsCallback", "build_weights", "check_weights", "describe", "projection_rank", "weight_groups"]
+
+
+def check_weights(config: PretrainConfig, processes: int) -> None:
+    """Refuse settings of weights that cannot be, before any data is read or a model is built.
+
+    Args:
+        config: the settings; also those of a run with dense weights, which has none of weights.
+        processes: that will train.
+
+    Raises:
+        ValueError: naming the setting.
+        ModuleNotFoundError: an adapter, and peft is not installed.
+    """
+    if config.weight_settings and config.weights == "dense":
+        raise ValueError("weight_settings are given, but weights is 'dense': choose a recipe with --weights.")
+    if config.adapter_settings and config.adapter is None:
+        raise ValueError("adapter_settings are given, but no adapter: choose one with --adapter.")
+    if not config.low_rank:
+        if config.project is not None:
+            raise ValueError(f"project is {config.project!r}, but weights is 'dense': leave project out.")
+        return
+    if config.weights != "dense":
+        recipe = recipe_settings(config)
+        kind = weight_recipe_class(config.weights)
+        if config.adapter is not None:
+            raise ValueError(
+                f"adapter is {config.adapter!r} and weights is {config.weights!r}: give one of them, since both hold "
+                "the same layers."
+            )
+        if (
+            config.project == "factors"
+            and config.rank is not None
+            and config.rank >= recipe.get("rank", config.rank + 1)
+        ):
+            raise ValueError(
+                f"rank is {config.rank}, but the factors of weights {config.weights!r} have rank {recipe['rank']}: the "
+                "rank of the projection must be smaller, or there is nothing to project."
+            )
+        if processes > 1 and not kind.ddp:
+            raise ValueError(f"weights {config.weights!r} cannot be trained by several processes: start one.")
+        shards = kind.shards
+    else:
+        assert config.adapter is not None
+        check_adapter(config.adapter, config.adapter_settings)
+        shards = False
+    if config.shard != "none" and not shards:
+        raise ValueError(
+            f"shard is {config.shard!r}, but {_what(config)} cannot be divided over processes: leave shard out."
+        )
+    for name, allowed in (("gradient", "full"), ("weight_storage", "float")):
+        if (value := getattr(config, name)) not in (None, allowed):
+            raise ValueError(
+                f"{name} is {value!r}, but with {_what(config)} it must be {allowed!r}: what is trained there is small."
+            )
+    if config.adapter is not None and (config.chunked_loss or config.project in ("others", "merged")):
+        name = "chunked_loss" if config.chunked_loss else "project"
+        raise ValueError(
+            f"{name} is {getattr(config, name)!r}, but with an adapter only its factors are trained: leave it out."
+        )
+    _check_projection(config)
+
+
+def _check_projection(config: PretrainConfig) -> None:
+    info = method_info(config.method)
+    if config.method == "adamw" and config.project is not None:
+        raise ValueError(
+            f"project is {config.project!r}, but the method 'adamw' projects nothing: give --method galore or another "
+            "one that projects, or leave project out."
+        )
+    if config.method != "adamw" and info.size != "rank":
+        raise ValueError(f"method is {config.method!r}, but {_what(config)} takes adamw or a method that has a rank.")
+    if config.method != "adamw" and config.project is None:
+        raise ValueError(
+            f"method is {config.method!r}, but what it is to project with {_what(config)} is not said: give "
+            "--project factors, others or merged; or --method adamw."
+        )
+
+
+def _what(config: PretrainConfig) -> str:
+    return f"weights {config.weights!r}" if config.weights != "dense" else f"adapter {config.adapter!r}"
+
+
+def recipe_settings(config: PretrainConfig) -> dict[str, Any]:
+    """All settings of the recipe of a run.
+
+    Raises:
+        ValueError: an unknown recipe or setting, or a value that is not allowed.
+    """
+    try:
+        recipe = weight_recipe(config.weights, **config.weight_settings)
+        check_types(recipe)
+    except (TypeError, ValueError) as error:
+        known = not isinstance(error, TypeError)
+        raise ValueError(f"weight_settings: {error}" if config.weight_settings or not known else str(error)) from error
+    return dataclasses.asdict(recipe)
+
+
+def projection_rank(config: PretrainConfig, hidden_size: int) -> int:
+    """The rank at which gradients are projected by default: a quarter of the width, or of the factors' own rank."""
+    size = recipe_settings(config).get("rank") if config.project == "factors" and config.adapter is None else None
+    if config.project == "factors" and config.adapter is not None:
+        size = config.adapter_settings.get("r", 8)
+    return max(1, (size or hidden_size) // 4)
+
+
+def build_weights(model: PreTrainedModel, config: PretrainConfig) -> tuple[Any, LowRankWeights | None]:
+    """Give the chosen layers of a model the weights that the settings say, as they are before the first step.
+
+    Args:
+        model: the model; its layers are replaced in place.
+        config: resolved settings.
+
+    Returns:
+        The model to train, which peft wraps, and what happens to its weights between steps; None where they are dense.
+
+    Raises:
+        ValueError: settings that do not fit the model.
+    """
+    if not config.low_rank:
+        return model, None
+    weights: LowRankWeights
+    if config.adapter is not None:
+        weights = apply_adapter(
+            model,
+            config.adapter,
+            config.adapter_settings,
+            target_modules=config.target_modules,
+            exclude=config.exclude,
+            seed=config.seed,
+        )
+        if config.activation_checkpointing:
+            model.enable_input_require_grads()
+    else:
+        weights = weight_recipe(config.weights, **config.weight_settings).apply(
+            model,
+            target_modules=config.target_modules,
+            exclude=config.exclude,
+            steps=config.steps,
+            seed=config.seed,
+        )
+    weights.begin_step(0)
+    if config.project == "merged":
+        for name, layer in weights.layers.items():
+            weight = getattr(layer, "weight", None)
+            if not isinstance(weight, nn.Parameter) or weight.requires_grad:
+                raise ValueError(
+                    f"project is 'merged', but {name} has no frozen weight beside its factors that could be trained: "
+                    "choose another recipe of weights, or --project factors."
+                )
+            weight.requires_grad_(True)
+    if config.chunked_loss and (type(model.get_output_embeddings()) is not nn.Linear or model._forward_pre_hooks):
+        raise ValueError(
+            f"chunked_loss is true, but weights {config.weights!r} have replaced the head of the model, or have to "
+            "see each batch: leave chunked_loss out."
+        )
+    return weights.model, weights
+
+
+def _factors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The factors in a model by name, also those that wait to be trained."""
+    found = {f"{name}.{key}": p for name, layer in low_rank_layers(model) for key, p in layer.factors().items()}
+    return found | adapter_factors(model)
+
+
+def weight_groups(model: nn.Module, config: PretrainConfig) -> list[dict[str, Any]]:
+    """Parameter groups of a model with weights of low rank: factors, other matrices, vectors.
+
+    Args:
+        model: what `build_weights` returned.
+        config: resolved settings.
+
+    Raises:
+        ValueError: nothing to project where the method projects.
+    """
+    ratio = config.adapter_settings.get("lora_plus_ratio", 1)
+    owned = {parameter for parameter in _factors(model).values()}
+    merged = {layer.weight for _, layer in low_rank_layers(model)} if config.project == "merged" else set()
+    kinds: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter in owned:
+            kind = "factors" if parameter.ndim >= 2 else "factor vectors"
+            kind += ", B" if ratio != 1 and "lora_B" in name else ""
+        elif not parameter.requires_grad:
+            continue
+        elif parameter in merged:
+            kind = "merged"
+        else:
+            kind = "others" if parameter.ndim >= 2 else "vectors"
+        kinds.setdefault(kind, []).append((canonical_name(name), parameter))
+    if config.project is not None:
+        _check_projected(kinds, config)
+    groups = []
+    for kind in ("factors", "factors, B", "factor vectors", "factor vectors, B", "merged", "others", "vectors"):
+        if kind not in kinds:
+            continue
+        scale = config.lr_scale if kind.startswith(("factor", "merged")) else config.other_lr_scale
+        group: dict[str, Any] = {"params": kinds[kind], "name": kind}
+        group["lr_scale"] = scale * ratio if kind.endswith(", B") else scale
+        group["weight_decay"] = 0.0 if "vectors" in kind else config.weight_decay
+        if config.project is not None and kind.startswith(config.project):
+            group["rank"] = config.rank
+        groups.append(group)
+    return groups
+
+
+def _check_projected(kinds: dict[str, list[tuple[str, nn.Parameter]]], config: PretrainConfig) -> None:
+    assert config.project is not None and config.rank is not None
+    chosen = [entry for kind in (config.project, f"{config.project}, B") for entry in kinds.get(kind, [])]
+    if not chosen:
+        raise ValueError(f"project is {config.project!r}, but there are none with {_what(config)}: choose others.")
+    for name, parameter in chosen:
+        if parameter.ndim > 3 or config.rank >= min(parameter.shape[-2:]):
+            raise ValueError(
+                f"project is {config.project!r} and rank is {config.rank}, but {name} is "
+                f"{' × '.join(map(str, parameter.shape))}: the rank must be smaller than its sides; lower --rank."
+            )
+
+
+def describe(model: nn.Module, config: PretrainConfig) -> tuple[str, str]:
+    """What the weights of a run are and which layers have them, for people."""
+    settings = config.weight_settings if config.adapter is None else config.adapter_settings
+    name = config.adapter or config.weights
+    what = f"{name} ({', '.join(f'{key} {value}' for key, value in settings.items())})" if settings else name
+    layers = [name for name, _ in low_rank_layers(model)] or adapter_layers(model)
+    kinds = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in layers)
+    return what, ", ".join(f"{count} × {pattern}" if count > 1 else pattern for pattern, count in kinds.items())
+
+
+class WeightsCallback(TrainerCallback):
+    """Tells the weights where the steps begin and end, and the log what they did.
+
+    Args:
+        weights: of the run.
+        optimizer: without a wrapper.
+        metrics: the lines go there as ``{"step": …, "weights": […]}``; None writes none.
+        console: and there.
+    """
+
+    def __init__(
+        self, weights: LowRankWeights, optimizer: LowRankOptimizer, metrics: MetricsFile | None, console: Console
+    ) -> None:
+        self.weights, self.optimizer = weights, optimizer
+        self.metrics, self.console = metrics, console
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before the first forward pass of a step."""
+        self.weights.begin_step(state.global_step)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After the optimizer, before gradients are forgotten."""
+        lines = self.weights.end_step(state.global_step, self.optimizer)
+        if not lines:
+            return
+        step = state.global_step + 1
+        if self.metrics is not None:
+            self.metrics.write({"step": step, "weights": lines})
+        for line in lines:
+            text = f"step {step:>{len(str(state.max_steps))}}/{state.max_steps}  {line}"
+            self.console.print(text, style="cyan", markup=False, highlight=False)
