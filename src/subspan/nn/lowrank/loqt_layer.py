@@ -40,7 +40,7 @@ class LoQTLinear(LowRankLayer):
         layer: the linear layer.
         rank: r.
         scale: s.
-        weight: codec of W; None holds it as it is, under its own name.
+        weight: codec of W; None holds it as it is.
         projection: codec of P; None: in the dtype of the factor.
         exact: find subspaces from the whole gradient, in place of a sketch.
         compensation: how often W is quantised anew to find the factor that makes up for the error; 0: the factor is
@@ -52,8 +52,6 @@ class LoQTLinear(LowRankLayer):
     Attributes:
         factor: T (r, longer side): ``lora_B``, transposed, with the input side projected, else ``lora_A``.
     """
-
-    weight: Tensor
 
     def __init__(
         self,
@@ -80,12 +78,13 @@ class LoQTLinear(LowRankLayer):
         dtype = torch.bfloat16 if own.dtype == torch.bfloat16 else torch.float32
         self.weight_spec = StateSpec((self.out_features, self.in_features), own.dtype, codec=weight)
         self.basis_spec = StateSpec((short, rank), dtype if projection is None else torch.float32, codec=projection)
-        self._register("basis", self.basis_spec, own.device)
-        if weight is None:
-            self.weight = own
-            self.weight.requires_grad_(False)
-        else:
-            self._register("weight_q", self.weight_spec, own.device)
+        # Both are buffers, with float weights too: an optimizer never sees them, and only `hold_` writes to them.
+        self._held = (
+            self.weight_spec.stored("weight" if weight is None else "weight_q"),
+            self.basis_spec.stored("basis"),
+        )
+        for name, part in (self._held[0] | self._held[1]).items():
+            self.register_buffer(name, part.allocate(own.device))
         factor = nn.Parameter(torch.zeros(rank, long, device=own.device, dtype=dtype))
         self.register_parameter("lora_B" if self.input_side else "lora_A", factor)
         reader = _WholeReader if exact else Reader
@@ -93,10 +92,6 @@ class LoQTLinear(LowRankLayer):
         self._key: Tensor | None = None
         self._leaf: Tensor | None = None
         self._sum = Sum()
-
-    def _register(self, key: str, spec: StateSpec, device: torch.device) -> None:
-        for name, part in spec.stored(key).items():
-            self.register_buffer(name, part.allocate(device))
 
     @property
     def factor(self) -> nn.Parameter:
@@ -107,12 +102,10 @@ class LoQTLinear(LowRankLayer):
         return {name: getattr(self, name)}
 
     def _held_weight(self) -> tuple[Tensor, ...]:
-        if self.weight_spec.codec is None:
-            return (self.weight.mT if self.transposed else self.weight,)
-        return tuple(getattr(self, name) for name in self.weight_spec.stored("weight_q"))
+        return tuple(getattr(self, name) for name in self._held[0])
 
     def _held_basis(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, name) for name in self.basis_spec.stored("basis"))
+        return tuple(getattr(self, name) for name in self._held[1])
 
     @property
     def P(self) -> Tensor:
