@@ -43,6 +43,7 @@ CONTENDERS: dict[str, tuple[str | None, str]] = {
     "factored": ("factored", "adamw"),
     "sltrain": ("sltrain", "adamw"),
     "relora": ("relora", "adamw"),
+    "lora": ("mhlora", "adamw"),
     "loqt": ("loqt", "adamw"),
 }
 COMMON = ("model", "steps", "batch_size", "seq_len", "precision", "warm_up", "final_lr")
@@ -62,9 +63,17 @@ def build(
         return model, None, create_optimizer(method, groups, lr=lr, weight_decay=0.0)
     weights = weight_recipe(recipe, **args.settings).apply(model, steps=args.steps, seed=seed)
     factors = weights.factors()
-    chosen = {id(parameter) for parameter in factors.values()}
-    others = [(name, p) for name, p in model.named_parameters() if p.requires_grad and id(p) not in chosen]
-    groups = [{"params": list(factors.items()), "lr_scale": ratio}, {"params": others}]
+    # Dense weights that are trained for a while, as in ReLoRA's warm start, at the best rate of AdamW.
+    dense = {id(getattr(layer, "weight", None)) for layer in weights.layers.values()}
+    chosen = {id(parameter) for parameter in factors.values()} | dense
+    weights.begin_step(0)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": list(factors.items()), "lr_scale": ratio},
+        {"params": [(name, p) for name, p in named if id(p) in dense], "lr_scale": args.dense_ratio},
+        {"params": [(name, p) for name, p in named if id(p) not in chosen]},
+    ]
+    groups = [group for group in groups if group["params"]]
     return model, weights, AdamW(groups, lr=lr, weight_decay=0.0)
 
 
@@ -97,7 +106,7 @@ def train(args: argparse.Namespace, contender: str, lr: float, ratio: float, see
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             break
-        if weights is not None and hasattr(weights, "before_step"):
+        if weights is not None:
             weights.before_step(step)
         optimizer.step()
         if weights is not None:
@@ -176,6 +185,7 @@ def main() -> None:
     parser.set_defaults(results=RESULTS / "weights.jsonl")
     parser.add_argument("--contenders", nargs="+", default=["adamw", "lte"], choices=CONTENDERS)
     parser.add_argument("--rank", type=int, default=64, help="of the projections of galore")
+    parser.add_argument("--dense-ratio", type=float, default=0.01, help="f of dense weights that warm a restart up")
     parser.add_argument("--settings", nargs="*", default=[], help="KEY=VALUE of the recipe of weights")
     args = parser.parse_args()
     pairs = (pair.partition("=") for pair in args.settings)

@@ -25,11 +25,15 @@ RANK = int(os.environ.get("RANK", "0"))
 #: 42 held-out sequences: 11 batches of 4 for 2 processes, the last one of 2.
 UNEVEN = {"eval_batches": 11}
 STREAM = {"grad_accumulation": 2}
+HEADS: dict[str, Any] = {
+    "weights": "mhlora", "weight_settings": {"rank": 4, "heads": 2, "alpha": 8.0}, "rank": None, "optimizer": {},
+}  # fmt: skip
 #: Ways to share the work, each with the run of one process that it has to follow.
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "projected": ({"max_grad_norm": 0.0}, {"max_grad_norm": 0.0, "grad_accumulation": 2}),
     "slots": ({"gradient": "projected"}, {"gradient": "projected", "grad_accumulation": 2}),
     "divided": ({"shard": "full", "method": "fira", "chunked_loss": True}, {"method": "fira", "grad_accumulation": 2}),
+    "heads": (HEADS | {"reduce": "full"}, HEADS | {"grad_accumulation": 2}),
     "bases": ({"shard": "bases"}, {"grad_accumulation": 2}),
 }
 

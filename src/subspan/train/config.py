@@ -66,7 +66,7 @@ class PretrainConfig:
             lists.
         weight_settings: Settings of the recipe, such as ``--weight_settings.heads 4 --weight_settings.rank 32``.
         adapter: Adapter of peft on the chosen layers of a model that is otherwise frozen, such as lora, dora or vera;
-            ``subspan methods`` lists them.
+            ``subspan methods`` lists them. With ``--weights relora`` or ``periodic_lora`` it is restarted.
         adapter_settings: Settings of the adapter, those of its config in peft; and for kinds of LoRA
             ``lora_plus_ratio``, the learning rate of B as a multiple of A's.
         project: Which gradients a method with projections projects where weights are of low rank: factors; others, the

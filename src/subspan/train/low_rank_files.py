@@ -46,7 +46,7 @@ def write_low_rank(folder: Path, model: nn.Module, config: PretrainConfig) -> No
         write_plain(folder / TIED, tied)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name in _SETTINGS}
     write_text(folder / LOW_RANK_FILE, json.dumps({"schema": _SCHEMA, **settings}, indent=2) + "\n")
-    if config.adapter is not None:
+    if config.adapter is not None and config.weights == "dense":  # else the weights under it are no longer the base's
         peft_model: Any = model
         # Else peft would ask the hub whether embeddings have grown.
         peft_model.save_pretrained(folder / ADAPTER_FOLDER, save_embedding_layers=False)
@@ -126,6 +126,7 @@ def merge_run(source: str | Path, output: str | Path | None = None) -> Merged:
     before = _logits(trained)
     layers = weights.merge()
     ordinary: Any = weights.model
+    ordinary = ordinary.get_base_model() if hasattr(ordinary, "get_base_model") else ordinary
     difference = float((_logits(ordinary) - before).abs().max())
     if not difference <= (0.05 if dtype == torch.bfloat16 else 1e-3) * float(before.abs().max().clamp(min=1.0)):
         raise ValueError(

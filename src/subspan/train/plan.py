@@ -167,8 +167,8 @@ def _between_steps(
 
 def _name(settings: PlanSettings) -> str:
     """What the table calls the recipe."""
-    kind = settings.adapter or settings.weights
-    if kind == "dense":
+    kind = "+".join(name for name in (settings.adapter, settings.weights) if name not in (None, "dense"))
+    if not kind:
         return settings.method
     return kind if settings.method == "adamw" else f"{kind}+{settings.method}"
 

@@ -123,6 +123,7 @@ class PretrainTrainer(SavingTrainer):
             scheduler.lr_lambdas = rates
             for group, lr, rate in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, rates, strict=True):
                 group["lr"] = lr * rate(scheduler.last_epoch)
+            scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
         return scheduler
 
     def _clip_grad_norm(self, model: Any) -> Any:

@@ -11,12 +11,23 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from subspan.nn.lowrank import LowRankWeights, low_rank_layers, weight_recipe, weight_recipe_class
+from subspan.nn.lowrank import (
+    LowRankWeights,
+    PeriodicLoRA,
+    ReLoRA,
+    WeightRecipe,
+    list_weights,
+    low_rank_layers,
+    restart_peft,
+    weight_recipe,
+    weight_recipe_class,
+)
 from subspan.optim import LowRankOptimizer, method_info
 from subspan.optim.names import canonical_name
 from subspan.train.adapters import adapter_factors, adapter_layers, apply_adapter, check_adapter
 from subspan.train.callbacks import MetricsFile
 from subspan.train.config import PretrainConfig, check_types
+from subspan.train.processes import launched
 
 __all__ = ["WeightsCallback", "build_weights", "check_weights", "describe", "projection_rank", "weight_groups"]
 
@@ -43,27 +54,23 @@ def check_weights(config: PretrainConfig, processes: int) -> None:
     if config.weights != "dense":
         recipe = recipe_settings(config)
         kind = weight_recipe_class(config.weights)
-        if config.adapter is not None:
+        if config.adapter is not None and not _restarts(kind):
+            able = [name for name in list_weights() if _restarts(weight_recipe_class(name))]
             raise ValueError(
-                f"adapter is {config.adapter!r} and weights is {config.weights!r}: give one of them, since both hold "
-                "the same layers."
+                f"adapter is {config.adapter!r} and weights is {config.weights!r}: only {', '.join(able)} can restart "
+                "an adapter; give one of the two."
             )
-        if (
-            config.project == "factors"
-            and config.rank is not None
-            and config.rank >= recipe.get("rank", config.rank + 1)
-        ):
+        own = None if config.adapter is not None else recipe.get("rank")
+        if config.project == "factors" and own is not None and config.rank is not None and config.rank >= own:
             raise ValueError(
-                f"rank is {config.rank}, but the factors of weights {config.weights!r} have rank {recipe['rank']}: the "
+                f"rank is {config.rank}, but the factors of weights {config.weights!r} have rank {own}: the "
                 "rank of the projection must be smaller, or there is nothing to project."
             )
         if processes > 1 and not kind.ddp:
             raise ValueError(f"weights {config.weights!r} cannot be trained by several processes: start one.")
-        shards = kind.shards
-    else:
-        assert config.adapter is not None
+    if config.adapter is not None:
         check_adapter(config.adapter, config.adapter_settings)
-        shards = False
+    shards = config.adapter is None and weight_recipe_class(config.weights).shards
     if config.shard != "none" and not shards:
         raise ValueError(
             f"shard is {config.shard!r}, but {_what(config)} cannot be divided over processes: leave shard out."
@@ -98,7 +105,12 @@ def _check_projection(config: PretrainConfig) -> None:
 
 
 def _what(config: PretrainConfig) -> str:
-    return f"weights {config.weights!r}" if config.weights != "dense" else f"adapter {config.adapter!r}"
+    return f"weights {config.weights!r}" if config.adapter is None else f"adapter {config.adapter!r}"
+
+
+def _restarts(kind: type[WeightRecipe]) -> bool:
+    """Whether a recipe restarts layers, and so those of an adapter too."""
+    return issubclass(kind, (ReLoRA, PeriodicLoRA))
 
 
 def recipe_settings(config: PretrainConfig) -> dict[str, Any]:
@@ -140,6 +152,7 @@ def build_weights(model: PreTrainedModel, config: PretrainConfig) -> tuple[Any, 
     if not config.low_rank:
         return model, None
     weights: LowRankWeights
+    recipe = None if config.weights == "dense" else weight_recipe(config.weights, **config.weight_settings)
     if config.adapter is not None:
         weights = apply_adapter(
             model,
@@ -151,8 +164,11 @@ def build_weights(model: PreTrainedModel, config: PretrainConfig) -> tuple[Any, 
         )
         if config.activation_checkpointing:
             model.enable_input_require_grads()
+        if isinstance(recipe, (ReLoRA, PeriodicLoRA)):
+            weights = restart_peft(weights.model, recipe, steps=config.steps, seed=config.seed)
     else:
-        weights = weight_recipe(config.weights, **config.weight_settings).apply(
+        assert recipe is not None
+        weights = recipe.apply(
             model,
             target_modules=config.target_modules,
             exclude=config.exclude,
@@ -160,6 +176,11 @@ def build_weights(model: PreTrainedModel, config: PretrainConfig) -> tuple[Any, 
             seed=config.seed,
         )
     weights.begin_step(0)
+    if launched() > 1 and not all(factor.requires_grad for factor in weights.factors().values()):
+        raise ValueError(
+            f"{_what(config)} train whole matrices before their factors, which several processes (DDP) cannot: start one "
+            "process, or train the factors from the first step on."
+        )
     if config.project == "merged":
         for name, layer in weights.layers.items():
             weight = getattr(layer, "weight", None)
@@ -239,8 +260,8 @@ def _check_projected(kinds: dict[str, list[tuple[str, nn.Parameter]]], config: P
 
 def describe(model: nn.Module, config: PretrainConfig) -> tuple[str, str]:
     """What the weights of a run are and which layers have them, for people."""
-    settings = config.weight_settings if config.adapter is None else config.adapter_settings
-    name = config.adapter or config.weights
+    settings = config.weight_settings | config.adapter_settings
+    name = " + ".join(name for name in (config.adapter, config.weights) if name not in (None, "dense"))
     what = f"{name} ({', '.join(f'{key} {value}' for key, value in settings.items())})" if settings else name
     layers = [name for name, _ in low_rank_layers(model)] or adapter_layers(model)
     kinds = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in layers)
