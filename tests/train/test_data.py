@@ -253,6 +253,43 @@ def test_name_config_and_split_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> N
     }
 
 
+def test_a_stream_whose_text_is_in_another_field(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+    articles = {"article": sentences(400), "highlights": ["short"] * 400, "id": ["0"] * 400}
+
+    def load_dataset(path: str, name: str | None, *, split: str, streaming: bool) -> object:
+        asked.append((path, name, split))
+        return datasets.Dataset.from_dict(articles).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    name = "hf:abisee/cnn_dailymail:3.0.0:train"
+    loaded, source = stream(name, text_field="article")
+    assert set(asked) == {("abisee/cnn_dailymail", "3.0.0", "train")}
+    seen = set(str(loaded.tokenizer.decode(take(source, 100).flatten())).split(data.END_OF_TEXT)[1:-1])
+    assert seen and seen <= set(sentences(400))
+    fields = "found the fields 'article', 'highlights', 'id'; text_field names the one with the text"
+    with pytest.raises(ValueError, match=f"{name}, record 1: wants an object with a string 'text', {fields}"):
+        stream(name)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_files_whose_text_is_in_another_field(tmp_path: Path, kind: str) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path, rows = tmp_path / f"articles.{kind}", sentences(200)
+    if kind == "jsonl":
+        path.write_text("\n".join(json.dumps({"id": 3, "article": row}) for row in rows))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"id": [3] * 200, "article": rows}), path)
+    loaded = load(path, text_field="article")
+    assert set(documents(loaded.train, loaded)[:-1]) <= set(rows)
+    with pytest.raises(ValueError, match=r"wants .* 'headline', found .*'id', 'article'; text_field names the one"):
+        load(path, text_field="headline")
+
+
 def test_a_stream_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 

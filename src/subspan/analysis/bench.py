@@ -1,19 +1,17 @@
-"""``subspan bench``: what is measured, in which order, and which files hold it."""
+"""``subspan bench subspace``: what is measured, in which order, and which files hold it."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import re
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
+from subspan.analysis.bench_place import device_named, on_device, progress, threads_of_cpu, writable
 from subspan.analysis.environment import environment
 from subspan.analysis.matrices import MatrixSource, parse_size, saved_matrices, synthetic_matrices
 from subspan.analysis.subspace_bench import MatrixResult, measure_matrix
@@ -73,7 +71,7 @@ def bench_subspace(
         {'sketch, QR': 0.9999, ...}
     """
     console = console or Console()
-    place = _device(device)
+    place = device_named(device)
     _check(rank, rank_share, rounds, threads, longest)
     parsed = [parse_size(size) for size in sizes]
     for m, n in parsed:
@@ -82,7 +80,7 @@ def bench_subspace(
     sources = synthetic_matrices(parsed, spectra) + (saved_matrices(gradients) if gradients is not None else [])
     if not sources:
         raise ValueError("there is no matrix to measure: give sizes and spectra, or gradients.")
-    folder = _writable(Path(output).expanduser())
+    folder = writable(Path(output).expanduser())
     settings = {
         "sizes": list(sizes),
         "spectra": list(spectra),
@@ -96,12 +94,12 @@ def bench_subspace(
     }
     clock = clock_for(place, threads)
     results: list[MatrixResult] = []
-    with _threads(threads), _on(place):
+    with threads_of_cpu(threads), on_device(place):
         record = {"benchmark": "subspace", "settings": settings, "clock": clock.description}
         record |= environment(_PACKAGES, place)
         console.print(f"Time counted: {clock.description}; {threads} thread(s), {place}.", highlight=False)
         for i, source in enumerate(sources, start=1):
-            with _progress(console) as bar:
+            with progress(console) as bar:
                 name = f"{i} of {len(sources)}: {source.name}"
                 task = bar.add_task(name, total=None)
 
@@ -148,64 +146,3 @@ def _check(rank: int | None, rank_share: float, rounds: int, threads: int, longe
         raise ValueError(f"rank_share is {rank_share}; it must be above 0 and at most 1, 0.25 for instance.")
     if not longest > 0:
         raise ValueError(f"longest is {longest}; it must be a number of seconds above 0.")
-
-
-def _device(name: str) -> torch.device:
-    """The device of this name, if it is there."""
-    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
-    if not match:
-        raise ValueError(f"device {name!r} is unknown; choose cpu, cuda, or cuda:1 for the second one.")
-    if name != "cpu" and int(match[1] or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"device {name!r} is not available: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
-            " here. Choose cpu."
-        )
-    return torch.device(name)
-
-
-def _writable(folder: Path) -> Path:
-    """The folder, made and tried before anything is measured."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        raise ValueError(f"output {str(folder)!r} cannot be written to ({error}); choose another --output.") from error
-
-
-def _progress(console: Console) -> Progress:
-    # Refreshed between the calls alone: a thread that draws would be timed along with them.
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TimeElapsedColumn(),
-        console=console,
-        auto_refresh=False,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-
-@contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
-    """The number of threads of torch, and of other libraries where threadpoolctl is installed, as before afterwards."""
-    before = torch.get_num_threads()
-    with contextlib.ExitStack() as stack:
-        try:
-            from threadpoolctl import threadpool_limits
-        except ModuleNotFoundError:
-            pass
-        else:
-            stack.enter_context(threadpool_limits(number))
-        torch.set_num_threads(number)
-        stack.callback(torch.set_num_threads, before)
-        yield
-
-
-@contextlib.contextmanager
-def _on(device: torch.device) -> Iterator[None]:
-    """The device as the current one; torch's own random numbers from a fixed seed, and as before afterwards."""
-    devices = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.cuda.device(devices[0]) if devices else contextlib.nullcontext():
-        torch.manual_seed(0)
-        yield

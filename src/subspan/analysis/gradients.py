@@ -57,6 +57,7 @@ def run_data(source: Source, config: PretrainConfig) -> TextData:
             seq_len=config.seq_len,
             validation=config.validation,
             seed=config.seed,
+            text_field=config.text_field,
         )
         _check(source, config, data)
     except (ValueError, FileNotFoundError) as error:

@@ -117,9 +117,10 @@ def in_units(
     *,
     clock: Clock = THREAD,
     once_above: float = math.inf,
+    unit_calls: int = 3,
     before: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Timings]:
-    """Time methods in turns, each right after the unit (the median of three).
+    """Time methods in turns, each right after the unit (the median of some calls).
 
     The first round warms up and does not count, except for methods that take long: these are called once.
 
@@ -129,6 +130,7 @@ def in_units(
         rounds: rounds that count.
         clock: how to time.
         once_above: seconds of a first call from which on it is the only one.
+        unit_calls: calls of the unit before each method.
         before: told the name of the method that is called next.
 
     Returns:
@@ -146,7 +148,7 @@ def in_units(
             if name in once:
                 continue
             before(name)
-            unit_seconds = statistics.median(clock.seconds(unit)[0] for _ in range(3))
+            unit_seconds = statistics.median(clock.seconds(unit)[0] for _ in range(unit_calls))
             seconds, result = clock.seconds(method)
             if not round_ and seconds > once_above:
                 once.add(name)

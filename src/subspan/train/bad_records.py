@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 __all__ = ["LARGEST_RECORD", "TEXT_FIELD", "BadRecords", "record_text"]
 
-#: The field (.jsonl), column (.parquet) or feature (hf:) that holds the text of a document.
+#: The field (.jsonl), column (.parquet) or feature (hf:) that holds the text of a document, where none is named.
 TEXT_FIELD = "text"
 #: Characters of the longest document; a longer one is a file without line breaks or a broken download.
 LARGEST_RECORD = 1 << 26
@@ -57,18 +57,24 @@ class BadRecords:
         return f"{self.count:,} bad record{'s, the first' if self.count > 1 else ''} skipped: {self.first}"
 
 
-def record_text(row: object) -> str:
+def record_text(row: object, field: str = TEXT_FIELD) -> str:
     """Return the text of a record.
+
+    Args:
+        row: the record.
+        field: of the text.
 
     Raises:
         ValueError: it has none, or one that cannot be used; the message says what was found.
     """
     if not isinstance(row, dict):
-        raise ValueError(f"wants an object with a string {TEXT_FIELD!r}, found a {type(row).__name__}")
-    text = row.get(TEXT_FIELD)
+        raise ValueError(f"wants an object with a string {field!r}, found a {type(row).__name__}")
+    text = row.get(field)
     if not isinstance(text, str):
-        found = f"a {type(text).__name__}" if TEXT_FIELD in row else f"the fields {', '.join(map(repr, row)) or 'none'}"
-        raise ValueError(f"wants an object with a string {TEXT_FIELD!r}, found {found}")
+        found = f"a {type(text).__name__}"
+        if field not in row:
+            found = f"the fields {', '.join(map(repr, row)) or 'none'}; text_field names the one with the text"
+        raise ValueError(f"wants an object with a string {field!r}, found {found}")
     if len(text) > LARGEST_RECORD:
         raise ValueError(f"{len(text):,} characters in one document; at most {LARGEST_RECORD:,} are allowed")
     # What a tokenizer cannot take. JSON can name one half of such a pair.

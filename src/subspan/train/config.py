@@ -47,9 +47,11 @@ class PretrainConfig:
             low rank and adapters.
         model: Preset (``llama_9m`` ... ``llama_7b``, ``llama_bench``, ``gpt2-124m``), a Hugging Face config.json, a
             local checkpoint folder with safetensors, or owner/name on the Hugging Face hub.
-        data: Text to train on: a text file, .jsonl or .parquet with a field ``text``, gzip or zstandard of these, a
-            folder of them, or ``hf:NAME[:CONFIG][:SPLIT]`` to stream a data set of the hub. None: the source files of
-            Python's own standard library.
+        data: Text to train on: a text file, .jsonl or .parquet, gzip or zstandard of these, a folder of them, or
+            ``hf:NAME[:CONFIG][:SPLIT]`` to stream a data set of the hub. None: the source files of Python's own
+            standard library.
+        text_field: Field of a .jsonl object, a .parquet file or a data set of the hub that holds the text, such as
+            ``article`` in ``hf:abisee/cnn_dailymail:3.0.0:train``.
         tokenizer: Folder, tokenizer.json or name on the hub. None: the model's own, else a byte-level BPE trained on
             the training text.
         vocab_size: Tokens of the BPE that is trained; the model gets the same vocabulary.
@@ -129,6 +131,7 @@ class PretrainConfig:
     method: str = "auto"
     model: str = "llama_bench"
     data: str | None = None
+    text_field: str = "text"
     tokenizer: str | None = None
     vocab_size: int = 4096
     validation: float = 0.05

@@ -58,16 +58,17 @@ class _UnreadableError(ValueError):
     """A whole file that cannot be used."""
 
 
-def read_documents(path: str | Path, bad: BadRecords | None = None) -> list[str]:
+def read_documents(path: str | Path, bad: BadRecords | None = None, text_field: str = TEXT_FIELD) -> list[str]:
     """Read every document of a file or, recursively and in the order of the paths, of a folder.
 
-    ``.jsonl`` and ``.parquet`` hold one document a row in `TEXT_FIELD`; every other file is UTF-8 text, cut at line
-    ends into documents of about `BLOCK_CHARACTERS` characters where it is longer. ``.gz`` and ``.zst`` are unpacked in
-    memory. Hidden files are left out, and links to folders are not followed.
+    ``.jsonl`` and ``.parquet`` hold one document a row, in the field `text_field`; every other file is UTF-8 text, cut
+    at line ends into documents of about `BLOCK_CHARACTERS` characters where it is longer. ``.gz`` and ``.zst`` are
+    unpacked in memory. Hidden files are left out, and links to folders are not followed.
 
     Args:
         path: of the file or folder.
         bad: what becomes of records that cannot be used; a file that cannot be read counts as one. None: an error.
+        text_field: of a row.
 
     Raises:
         FileNotFoundError: no such path, or a folder without files.
@@ -93,7 +94,7 @@ def read_documents(path: str | Path, bad: BadRecords | None = None) -> list[str]
     documents: list[str] = []
     for file in files:
         try:
-            documents += _read_file(file, bad)
+            documents += _read_file(file, bad, text_field)
         except _UnreadableError as error:
             bad.meet(str(error), error)
     if not documents:
@@ -105,7 +106,7 @@ def _hidden(relative: Path) -> bool:
     return any(part.startswith(".") for part in relative.parts)
 
 
-def _read_file(path: Path, bad: BadRecords) -> list[str]:
+def _read_file(path: Path, bad: BadRecords, text_field: str) -> list[str]:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     raw = _unpack(path, suffixes[-1] if suffixes else "")
     if suffixes and suffixes[-1] in (".gz", ".zst"):
@@ -114,9 +115,9 @@ def _read_file(path: Path, bad: BadRecords) -> list[str]:
     before = bad.count
     documents: Iterator[str]
     if kind in (".jsonl", ".ndjson"):
-        documents = _json_lines(path, raw, bad)
+        documents = _json_lines(path, raw, bad, text_field)
     elif kind == ".parquet":
-        documents = _parquet(path, raw, bad)
+        documents = _parquet(path, raw, bad, text_field)
     else:
         documents = _text_blocks(path, raw, bad)
     found = [document for document in documents if document.strip()]
@@ -177,7 +178,7 @@ def _decode(path: Path, raw: bytes, bad: BadRecords) -> str:
     return "\n".join(lines)
 
 
-def _json_lines(path: Path, raw: bytes, bad: BadRecords) -> Iterator[str]:
+def _json_lines(path: Path, raw: bytes, bad: BadRecords, text_field: str) -> Iterator[str]:
     for number, line in enumerate(_decode(path, raw, bad).split("\n"), start=1):
         if not line.strip():
             continue
@@ -189,29 +190,30 @@ def _json_lines(path: Path, raw: bytes, bad: BadRecords) -> Iterator[str]:
             bad.meet(f"{path}, line {number}: not JSON ({reason}); one object a line is wanted.", error)
             continue
         try:
-            text = record_text(row)
+            text = record_text(row, text_field)
         except ValueError as error:
             bad.meet(f"{path}, line {number}: {error}.", error)
             continue
         yield text
 
 
-def _parquet(path: Path, raw: bytes, bad: BadRecords) -> Iterator[str]:
+def _parquet(path: Path, raw: bytes, bad: BadRecords, text_field: str) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.ParquetFile(io.BytesIO(raw), page_checksum_verification=True)
         columns = file.schema_arrow.names
-        table = file.read(columns=[TEXT_FIELD]) if TEXT_FIELD in columns else None
+        table = file.read(columns=[text_field]) if text_field in columns else None
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         message = f"{path} is not a whole parquet file ({error}); copy or download it again."
         raise _UnreadableError(message) from error
     if table is None:
-        raise _UnreadableError(f"{path}: wants a column {TEXT_FIELD!r}, found {', '.join(map(repr, columns))}.")
-    for number, value in enumerate(table.column(TEXT_FIELD), start=1):
+        found = f"{', '.join(map(repr, columns))}; text_field names the one with the text"
+        raise _UnreadableError(f"{path}: wants a column {text_field!r}, found {found}.")
+    for number, value in enumerate(table.column(text_field), start=1):
         try:
-            text = record_text({TEXT_FIELD: value.as_py()})
+            text = record_text({text_field: value.as_py()}, text_field)
         except ValueError as error:  # also a text that is not UTF-8
             bad.meet(f"{path}, row {number}: {error}.", error)
             continue

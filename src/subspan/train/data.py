@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from subspan.train.bad_records import BadRecords
+from subspan.train.bad_records import TEXT_FIELD, BadRecords
 from subspan.train.corpus import digest, python_sources, read_documents
 from subspan.train.stream import StreamedDataset, is_interruption, patiently, texts
 from subspan.train.tokenizer import END_OF_TEXT, encode, load_tokenizer, train_tokenizer
@@ -81,6 +81,7 @@ def load_data(
     seed: int = 0,
     cache_dir: str | os.PathLike[str] | None = None,
     bad_records: Literal["error", "skip"] = "error",
+    text_field: str = TEXT_FIELD,
 ) -> TextData:
     """Load a text source as packed token sequences for training and validation.
 
@@ -101,6 +102,7 @@ def load_data(
             else ``~/.cache/subspan``).
         bad_records: what becomes of records that cannot be used (no text, broken JSON, not UTF-8) and of files that
             cannot be read: ``error``, or ``skip``: they are left out and counted.
+        text_field: of a .jsonl object, a .parquet file or a data set of the hub, that holds the text of a document.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -125,9 +127,9 @@ def load_data(
     cache = _cache_dir(cache_dir)
     name = "the Python standard library" if source is None else str(source)
     if name.startswith("hf:"):
-        return _load_stream(name, tokenizer, vocab_size, seq_len, validation, seed, cache, bad)
+        return _load_stream(name, tokenizer, vocab_size, seq_len, validation, seed, cache, bad, text_field)
 
-    documents = python_sources() if source is None else read_documents(Path(source), bad)
+    documents = python_sources() if source is None else read_documents(Path(source), bad, text_field)
     train_documents, held_out = _split(documents, validation)
     text_tokenizer = load_tokenizer(tokenizer) if tokenizer else train_tokenizer(train_documents, vocab_size, cache)
     train = PackedDataset(_pack(text_tokenizer, train_documents), seq_len)
@@ -187,6 +189,7 @@ def _load_stream(
     seed: int,
     cache: Path,
     bad: BadRecords,
+    text_field: str,
 ) -> TextData:
     parts = name.removeprefix("hf:").split(":")
     if not parts[0] or len(parts) > 3:
@@ -209,7 +212,7 @@ def _load_stream(
 
     def documents(held_out: bool) -> Iterator[str]:
         # Counted when they are trained on.
-        for text in texts(open_source(), name, BadRecords(bad.skip)):
+        for text in texts(open_source(), name, BadRecords(bad.skip), text_field=text_field):
             if text.strip() and is_validation(text) == held_out:
                 yield text
 
@@ -229,6 +232,6 @@ def _load_stream(
     held = PackedDataset(torch.tensor(patiently(held_out_tokens, name), dtype=torch.int32), seq_len)
     _check_enough(name, 1, len(held), seq_len)
     train = StreamedDataset(
-        open_source, is_validation, lambda docs: encode(text_tokenizer, docs), seq_len, seed, name, bad
+        open_source, is_validation, lambda docs: encode(text_tokenizer, docs), seq_len, seed, name, bad, text_field
     )
     return TextData(train, held, text_tokenizer, bad)

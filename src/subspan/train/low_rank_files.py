@@ -15,16 +15,27 @@ import torch
 from torch import Tensor, nn
 
 from subspan.checkpoint import latest, verify
-from subspan.checkpoint.load import load_weights
-from subspan.checkpoint.plain import write_plain
-from subspan.checkpoint.save import TIED
-from subspan.checkpoint.states import model_tensors
-from subspan.checkpoint.tensors import write_whole
+from subspan.checkpoint.load import load_weights, read_document
+from subspan.checkpoint.plain import read_plain, write_plain
+from subspan.checkpoint.save import OPTIMIZER, OPTIMIZER_JSON, TIED
+from subspan.checkpoint.states import model_tensors, optimizer_document, optimizer_state, state_names
+from subspan.checkpoint.tensors import empty_like, held_tensors, read_tensors, write_whole
+from subspan.nn.lowrank import LowRankWeights
+from subspan.optim import LowRankOptimizer
 from subspan.train.config import PretrainConfig, write_text
 from subspan.train.presets import LOW_RANK_FILE, build_model
+from subspan.train.processes import Processes
 from subspan.train.weights import build_weights
 
-__all__ = ["Merged", "check_low_rank", "merge_run", "write_low_rank"]
+__all__ = [
+    "Merged",
+    "check_low_rank",
+    "merge_run",
+    "read_divided_optimizer",
+    "read_low_rank",
+    "write_divided_optimizer",
+    "write_low_rank",
+]
 
 WEIGHTS_FILE = "low_rank.safetensors"
 #: Folder in a checkpoint with what peft's own ``from_pretrained`` reads.
@@ -38,18 +49,91 @@ _SETTINGS = (
 _TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "chat_template*")
 
 
-def write_low_rank(folder: Path, model: nn.Module, config: PretrainConfig) -> None:
-    """Write a model as it is trained: all its tensors, and what its layers are made from."""
+def write_low_rank(
+    folder: Path, model: nn.Module, weights: LowRankWeights, config: PretrainConfig, processes: Processes
+) -> None:
+    """Write a model as it is trained: all its tensors, and what its layers are made from.
+
+    Every process calls it and the first one writes, also what the others have.
+    """
     tensors, tied = model_tensors(model)
+    if weights.divided:
+        tensors = weights.collect(tensors)
+        tied = {name: first for part in processes.gather(tied) for name, first in part.items()}
+    if not processes.first:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / WEIGHTS_FILE, tensors)
     if tied:
         write_plain(folder / TIED, tied)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name in _SETTINGS}
     write_text(folder / LOW_RANK_FILE, json.dumps({"schema": _SCHEMA, **settings}, indent=2) + "\n")
-    if config.adapter is not None and config.weights == "dense":  # else the weights under it are no longer the base's
+    if config.adapter is not None:
         peft_model: Any = model
         # Else peft would ask the hub whether embeddings have grown.
         peft_model.save_pretrained(folder / ADAPTER_FOLDER, save_embedding_layers=False)
+
+
+def read_low_rank(folder: Path, model: nn.Module, weights: LowRankWeights) -> None:
+    """Load what `write_low_rank` wrote, each process its part.
+
+    Raises:
+        ValueError: other weights.
+    """
+    check_low_rank(folder)
+    if not weights.divided:
+        load_weights(folder, model)
+        return
+    held = {name: entry for name, entry in held_tensors(folder).items() if "/" not in name}
+    saved = read_tensors(folder, {name: empty_like(entry, None) for name, entry in held.items()})
+    tied = read_plain(folder / TIED) if (folder / TIED).is_file() else {}
+    own = weights.own(saved | {name: saved[first] for name, first in tied.items()})
+    try:
+        model.load_state_dict(own)
+    except RuntimeError as error:
+        raise ValueError(f"{folder} holds another model: {error}") from error
+
+
+def write_divided_optimizer(
+    folder: Path, optimizer: LowRankOptimizer, model: nn.Module, weights: LowRankWeights, processes: Processes
+) -> None:
+    """Write the optimizer of weights of which each process trains its own, as one process with all would have it."""
+    document, state = optimizer_document(optimizer, state_names(optimizer, model))
+    state = weights.collect(state)
+    names = processes.gather([group["params"] for group in document["groups"]])
+    if not processes.first:
+        return
+    for group, *same in zip(document["groups"], *names, strict=True):
+        group["params"] = list(dict.fromkeys(name for part in same for name in part))
+    document["tensors"] = sorted(state)
+    write_whole(folder / OPTIMIZER, state)
+    write_plain(folder / OPTIMIZER_JSON, document)
+
+
+def read_divided_optimizer(
+    folder: Path, optimizer: LowRankOptimizer, model: nn.Module, weights: LowRankWeights
+) -> None:
+    """Load this process's part of what `write_divided_optimizer`, or a process with all, wrote.
+
+    Raises:
+        ValueError: the state of another optimizer.
+    """
+    document, names = read_document(folder), state_names(optimizer, model)
+    held = held_tensors(folder)
+    missing = [key for key in document["tensors"] if key not in held]
+    known = [name for group in document["groups"] for name in group["params"]]
+    missing += [name for group in names for name in group if name not in known]
+    if missing or len(names) != len(document["groups"]):
+        raise ValueError(f"{folder} holds the state of another optimizer: {', '.join(missing[:5]) or 'other groups'}")
+    tensors = read_tensors(folder, {key: empty_like(held[key], None) for key in document["tensors"]})
+    for group, own in zip(document["groups"], names, strict=True):
+        group["params"] = own
+    kept = {name for group in names for name in group}
+    mine = {key: t for key, t in weights.own(tensors).items() if key.rpartition("/")[0] in kept}
+    try:
+        optimizer.load_state_dict(optimizer_state(document, mine, names))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def check_low_rank(folder: Path) -> PretrainConfig:

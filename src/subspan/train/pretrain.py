@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainingArguments, de
 
 from subspan.memory import plan
 from subspan.nn.lowrank import LowRankWeights
+from subspan.nn.lowrank.count import count_trained
 from subspan.train.bad_records import BadRecords
 from subspan.train.callbacks import MetricsCallback, MetricsFile, ProgressCallback, StopCallback
 from subspan.train.config import PretrainConfig, write_text
@@ -219,6 +220,7 @@ def load_run(
             validation=config.validation,
             seed=config.seed,
             bad_records=config.bad_records,
+            text_field=config.text_field,
         )
 
     with console.status("Loading the data ..."):
@@ -378,4 +380,5 @@ def _summary(
         skipped_steps=progress["skipped_steps"],
         bad_records=bad.count,
         signal=signal,
+        trained=count_trained(trainer.network),
     )

@@ -27,8 +27,14 @@ from subspan.nn.lowrank import LowRankWeights
 from subspan.nn.quantised import STEPS
 from subspan.optim import LowRankOptimizer
 from subspan.train.config import PretrainConfig, write_text
-from subspan.train.low_rank_files import check_low_rank, write_low_rank
+from subspan.train.low_rank_files import (
+    read_divided_optimizer,
+    read_low_rank,
+    write_divided_optimizer,
+    write_low_rank,
+)
 from subspan.train.presets import build_model
+from subspan.train.processes import Processes
 
 __all__ = ["PROGRESS_FILE", "STEPS_FILE", "SavingTrainer"]
 
@@ -44,6 +50,7 @@ class SavingTrainer(Trainer):
 
     config: PretrainConfig
     weights: LowRankWeights | None
+    processes: Processes
     _staging: bool
     _mark: float
 
@@ -115,11 +122,11 @@ class SavingTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
             return
         folder = Path(output_dir or str(self.args.output_dir))
+        network: Any = self.network
+        if self.weights is not None and not self._is_sharded():
+            write_low_rank(folder, network, self.weights, self.config, self.processes)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            network: Any = self.network
-            if not self._is_sharded():
-                write_low_rank(folder, network, self.config)
             network.config.save_pretrained(folder)
             if network.generation_config is not None:
                 network.generation_config.save_pretrained(folder)
@@ -146,8 +153,9 @@ class SavingTrainer(Trainer):
         target, folder = self.network if model is None else model, Path(resume_from_checkpoint)
         manifest = verify(folder, files=()).raise_if_bad()
         if self.weights is not None:
-            check_low_rank(folder)
-        if manifest.layout == "sharded" or self._is_sharded() or self.weights is not None:
+            read_low_rank(folder, target, self.weights)
+            return
+        if manifest.layout == "sharded" or self._is_sharded():
             load_weights(folder, target)
             return
         dtype = next(target.parameters()).dtype
@@ -159,6 +167,10 @@ class SavingTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self._is_sharded():
             write_parts(Path(output_dir), self.network, self.low_rank_optimizer)
+        elif self.weights is not None and self.weights.divided:
+            write_divided_optimizer(
+                Path(output_dir), self.low_rank_optimizer, self.network, self.weights, self.processes
+            )
         elif self.args.should_save:
             write_optimizer(Path(output_dir), self.low_rank_optimizer, self.network)
         if self.args.should_save:
@@ -167,7 +179,10 @@ class SavingTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            read_optimizer(Path(checkpoint), self.low_rank_optimizer, self.network)
+            if self.weights is not None and self.weights.divided:
+                read_divided_optimizer(Path(checkpoint), self.low_rank_optimizer, self.network, self.weights)
+            else:
+                read_optimizer(Path(checkpoint), self.low_rank_optimizer, self.network)
             assert self.lr_scheduler is not None
             self.lr_scheduler.load_state_dict(read_plain(Path(checkpoint) / SCHEDULER_FILE))
 
@@ -178,6 +193,11 @@ class SavingTrainer(Trainer):
             FileNotFoundError: there is no such checkpoint.
             ValueError: it is not whole, or holds another model.
         """
+        if self.weights is not None and self.weights.divided:
+            raise ValueError(
+                "carry_over is given, but the processes train heads of their own: start one process that takes the "
+                "checkpoint over, stop it, and continue with several."
+            )
         folder = Path(checkpoint).expanduser()
         verify(folder).raise_if_bad()
         self._load_from_checkpoint(str(folder))

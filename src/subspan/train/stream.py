@@ -44,6 +44,7 @@ class StreamedDataset(IterableDataset[dict[str, torch.Tensor]]):
         seed: of the order.
         name: of the source, for messages.
         bad: what becomes of records that cannot be used. None: an error.
+        text_field: of a record.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class StreamedDataset(IterableDataset[dict[str, torch.Tensor]]):
         seed: int,
         name: str = "the data set",
         bad: BadRecords | None = None,
+        text_field: str = TEXT_FIELD,
     ) -> None:
         self._open = open_source
         self._is_validation = is_validation
@@ -63,6 +65,7 @@ class StreamedDataset(IterableDataset[dict[str, torch.Tensor]]):
         self._seed = seed
         self._name = name
         self._bad = BadRecords() if bad is None else bad
+        self._text_field = text_field
         self._start: dict[str, Any] = {"sequences": 0, "block": 0, "record": 0, "bad": 0, "source": None, "rest": []}
         self._skip = 0
         self._blocks: list[dict[str, Any]] = []
@@ -106,7 +109,7 @@ class StreamedDataset(IterableDataset[dict[str, torch.Tensor]]):
             empty_passes = 0 if block else empty_passes + 1
             if empty_passes > 1:
                 raise ValueError(
-                    f"{self._name} holds no document with a non-empty {TEXT_FIELD!r} to train on ({self._bad})."
+                    f"{self._name} holds no document with a non-empty {self._text_field!r} to train on ({self._bad})."
                 )
             key = int.from_bytes(digest(f"{self._seed}/{position['block']}")[:8], "big")
             generator = torch.Generator().manual_seed(key % 2**63)
@@ -134,7 +137,8 @@ class StreamedDataset(IterableDataset[dict[str, torch.Tensor]]):
         block: list[str] = []
         records = 0
         try:
-            for records, text in enumerate(texts(reader, self._name, self._bad, position["record"]), start=1):
+            read = texts(reader, self._name, self._bad, position["record"], self._text_field)
+            for records, text in enumerate(read, start=1):
                 if text.strip() and not self._is_validation(text):
                     block.append(text)
                     if len(block) == BLOCK_DOCUMENTS:
@@ -173,7 +177,7 @@ class _Reader:
         return next(self._rows)
 
 
-def texts(rows: Any, name: str, bad: BadRecords, before: int = 0) -> Iterator[str]:
+def texts(rows: Any, name: str, bad: BadRecords, before: int = 0, text_field: str = TEXT_FIELD) -> Iterator[str]:
     """The texts of records; an empty one stands for a record that was skipped.
 
     Args:
@@ -181,6 +185,7 @@ def texts(rows: Any, name: str, bad: BadRecords, before: int = 0) -> Iterator[st
         name: of the source.
         bad: what becomes of records that cannot be used.
         before: how many records of the source came before these.
+        text_field: of a record.
 
     Raises:
         ValueError: a record that cannot be used, or a source that cannot be read further; the message says where.
@@ -198,7 +203,7 @@ def texts(rows: Any, name: str, bad: BadRecords, before: int = 0) -> Iterator[st
                 raise
             raise ValueError(f"{name} cannot be read after {number - 1:,} records: {error}") from error
         try:
-            text = record_text(row)
+            text = record_text(row, text_field)
         except ValueError as error:
             bad.meet(f"{name}, record {number:,}: {error}.", error)
             text = ""

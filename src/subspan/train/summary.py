@@ -49,6 +49,7 @@ class RunSummary:
         bad_records: records of the data that were left out.
         signal: number of the signal that came during the run, or None; one that came in the last step stopped nothing.
         mean_rank: over all projected matrices and all steps, where ranks change; else None.
+        trained: elements of the parameters that are trained, copies once; None for runs of before they were counted.
     """
 
     output: str
@@ -65,6 +66,7 @@ class RunSummary:
     bad_records: int = 0
     signal: int | None = None
     mean_rank: float | None = None
+    trained: int | None = None
 
     @property
     def loss_text(self) -> str:

@@ -20,7 +20,7 @@ from subspan.train.processes import launched
 from subspan.train.run_folder import METRICS_FILE
 from subspan.train.summary import RunSummary, finished_summary
 
-__all__ = ["SweepResult", "sweep"]
+__all__ = ["SweepResult", "claim", "run_once", "sweep"]
 
 BASE_FILE = "sweep.yaml"
 RESULTS_FILE = "sweep.jsonl"
@@ -67,22 +67,14 @@ def sweep(config: PretrainConfig, grid: dict[str, Any], *, console: Console | No
         raise ValueError("a sweep runs in one process: start it without torchrun.")
     axes = _axes(grid)
     output = Path(config.output or f"runs/sweep-{config.method}-{Path(config.model).stem}").expanduser()
-    _claim(output, config)
+    claim(output, {BASE_FILE: config})
     combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
     runs: list[tuple[dict[str, Any], RunSummary]] = []
     for number, settings in enumerate(combinations, start=1):
         folder = output / _name(settings)
         single = _apply(dataclasses.replace(config, output=str(folder), resume="auto"), settings)
         console.print(f"[bold]Run {number} of {len(combinations)}: {escape(_name(settings))}[/]", highlight=False)
-        summary = finished_summary(folder, MetricsFile.read(folder / METRICS_FILE))
-        if summary is None or summary.step != single.steps:
-            try:
-                summary = pretrain(single, console=console)
-            except FloatingPointError as error:
-                console.print(str(error), style="red", markup=False)
-                summary = _diverged(folder)
-        else:
-            console.print("finished already")
+        summary = run_once(single, console)
         if summary.finished:
             runs.append((settings, summary))
         if summary.signal is not None:
@@ -117,17 +109,41 @@ def _axes(grid: dict[str, Any]) -> dict[str, list[Any]]:
     return axes
 
 
-def _claim(output: Path, config: PretrainConfig) -> None:
-    """Write the shared settings, or compare them with those of the sweep so far."""
-    file = output / BASE_FILE
-    if not file.exists():
-        if output.exists() and any(output.iterdir()):
-            raise ValueError(f"output {str(output)!r} holds other files and no sweep; choose another folder.")
-    elif differing := differences(read_config(file), config):
+def claim(output: Path, configs: dict[str, PretrainConfig], what: str = "sweep") -> None:
+    """Write the settings that runs share into their folder, or compare them with those of the runs so far.
+
+    Args:
+        output: the folder.
+        configs: settings by the name of their file.
+        what: the runs are together, for messages.
+
+    Raises:
+        ValueError: a folder of something else, or of runs with other settings.
+    """
+    files = {output / name: config for name, config in configs.items()}
+    if not any(file.exists() for file in files) and output.exists() and any(output.iterdir()):
+        raise ValueError(f"output {str(output)!r} holds other files and no {what}; choose another folder.")
+    found = [differences(read_config(file), config) for file, config in files.items() if file.exists()]
+    if differing := list(dict.fromkeys(itertools.chain(*found))):
         raise ValueError(
-            f"{output} holds a sweep with other settings ({'; '.join(differing)}); choose another --output."
+            f"{output} holds a {what} with other settings ({'; '.join(differing)}); choose another --output."
         )
-    write_text(file, config.to_yaml())
+    for file, config in files.items():
+        write_text(file, config.to_yaml())
+
+
+def run_once(config: PretrainConfig, console: Console) -> RunSummary:
+    """Train where no run in the folder of the settings is finished; one that gives up has an infinite loss."""
+    folder = Path(str(config.output))
+    summary = finished_summary(folder, MetricsFile.read(folder / METRICS_FILE))
+    if summary is not None and summary.step == config.steps:
+        console.print("finished already")
+        return summary
+    try:
+        return pretrain(config, console=console)
+    except FloatingPointError as error:
+        console.print(str(error), style="red", markup=False)
+        return _diverged(folder)
 
 
 def _name(settings: dict[str, Any]) -> str:

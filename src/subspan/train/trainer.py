@@ -107,7 +107,7 @@ class PretrainTrainer(SavingTrainer):
             check_optimizer(optimizer, self.config, self.network)
             # The Trainer's own way to clip sees none of the gradients that were taken in backward.
             self.accelerator.clip_grad_norm_ = self._clip_fused if self._norm_is_ours() else self._clip_whole
-            if self._is_sharded():
+            if self._is_sharded() or (self.weights is not None and self.weights.divided):
                 # Else it would wrap a model that is divided already.
                 self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
             elif self.processes.size > 1:
@@ -147,7 +147,10 @@ class PretrainTrainer(SavingTrainer):
 
     def _clip_whole(self, parameters: Any, max_norm: float, norm_type: float = 2.0) -> Any:
         parameters = [parameter for parameter in parameters if parameter.grad is not None]
-        norm = Accelerator.clip_grad_norm_(self.accelerator, parameters, max_norm, norm_type)
+        if self.weights is not None:
+            norm = self.weights.clip_grad_norm_(max_norm)
+        else:
+            norm = Accelerator.clip_grad_norm_(self.accelerator, parameters, max_norm, norm_type)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         if not math.isinf(max_norm) and norm is not None and math.isinf(float(norm)):

@@ -68,6 +68,7 @@ def check_weights(config: PretrainConfig, processes: int) -> None:
             )
         if processes > 1 and not kind.ddp:
             raise ValueError(f"weights {config.weights!r} cannot be trained by several processes: start one.")
+        kind(**recipe).check_run(processes=processes, steps=config.steps, eval_every=config.eval_every)
     if config.adapter is not None:
         check_adapter(config.adapter, config.adapter_settings)
     shards = config.adapter is None and weight_recipe_class(config.weights).shards
@@ -178,8 +179,8 @@ def build_weights(model: PreTrainedModel, config: PretrainConfig) -> tuple[Any, 
     weights.begin_step(0)
     if launched() > 1 and not all(factor.requires_grad for factor in weights.factors().values()):
         raise ValueError(
-            f"{_what(config)} train whole matrices before their factors, which several processes (DDP) cannot: start one "
-            "process, or train the factors from the first step on."
+            f"{_what(config)} train whole matrices before their factors, which several processes (DDP) cannot: start "
+            "one process, or train the factors from the first step on."
         )
     if config.project == "merged":
         for name, layer in weights.layers.items():

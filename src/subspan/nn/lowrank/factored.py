@@ -9,10 +9,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from subspan.linalg import exact_basis, randomized_svd
+from subspan.linalg import canonical_signs, exact_basis, randomized_svd
 from subspan.nn.lowrank.layer import LowRankLayer, replace_module
-from subspan.nn.lowrank.moments import carry_moments, reset_moments
+from subspan.nn.lowrank.moments import carry_moments
 from subspan.nn.lowrank.select import check_untied, select_layers
+from subspan.nn.lowrank.state_transform import ResetState, transform_state
 from subspan.nn.lowrank.weights import LowRankWeights, WeightRecipe
 
 __all__ = ["Factored", "FactoredLinear", "FactoredWeights"]
@@ -148,6 +149,8 @@ class FactoredLinear(LowRankLayer):
         if not core.isfinite().all():
             raise ValueError("a factor has a NaN or an infinity: the run has diverged; lower the learning rate")
         X, S, Yh = torch.linalg.svd(core)
+        signs = canonical_signs(X)
+        X, Yh = X * signs, Yh * signs.mT
         if not S[0] > 0:
             return None
         right = _right_sizes(S)
@@ -199,7 +202,7 @@ class FactoredWeights(LowRankWeights):
             done.append(f"factors of {len(self.layers)} layers balanced")
         if reset or (balance and self.recipe.moments == "reset"):
             for name, factor in self.factors().items():
-                reset_moments(optimizer, name, factor)
+                transform_state(optimizer, factor, ResetState(), self.generator(name, step))
             done.append("moments of the factors reset")
         return done
 

@@ -3,152 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from subspan.nn.lowrank.heads import HeadsLinear, HeadsWeights, MultiHeadLoRA, rows_of
+from subspan.nn.lowrank.heads import HeadsWeights, MultiHeadLoRA
 from subspan.nn.lowrank.layer import add_product_, replace_module
+from subspan.nn.lowrank.parallel import ParallelHeadsLinear
 from subspan.nn.lowrank.replicas import Batch, Replicas, replicate
 from subspan.nn.lowrank.select import select_layers
 
-__all__ = ["LTE", "LTEWeights", "ParallelHeadsLinear"]
-
-
-class ParallelHeadsLinear(HeadsLinear):
-    """Heads of which each sees its own share of a batch, with the weight W + Dₙ − Dₙ', where Dₙ = s·BₙᵀAₙ.
-
-    Dₙ' is what of head n is in W already: Dₙ as it was at the last merge. In evaluation all sequences see the mean of
-    the heads.
-
-    Args:
-        layer: the linear layer.
-        rank, scale: r and s of each head.
-        batch: how batches are divided, and how many heads there are here.
-        reset: heads begin anew after each merge, so that there is no Dₙ'.
-        own_bias: whether each head trains a bias of its own.
-
-    Attributes:
-        merged_A, merged_B: the factors of Dₙ'.
-    """
-
-    merged_A: Tensor | None
-    merged_B: Tensor | None
-
-    def __init__(self, layer: nn.Module, *, rank: int, scale: float, batch: Batch, reset: bool, own_bias: bool) -> None:
-        super().__init__(layer, heads=batch.heads, rank=rank, scale=scale)
-        self.batch = batch
-        self.register_buffer("merged_A", None if reset else torch.empty_like(self.lora_A.detach()))
-        self.register_buffer("merged_B", None if reset else torch.zeros_like(self.lora_B.detach()))
-        if own_bias and self.bias is not None:
-            self.bias = nn.Parameter(self.bias.detach().expand(batch.heads, -1).clone(), self.bias.requires_grad)
-
-    @torch.no_grad()
-    def reset_(self, generator: torch.Generator) -> None:
-        """Aₙ orthogonal times √(in/r), Bₙ = 0, each head drawn as it is where one process has all."""
-        self._reset(generator, range(self.batch.first, self.batch.first + self.heads))
-        self.remember()
-
-    @torch.no_grad()
-    def remember(self) -> None:
-        """What the heads are now is in W."""
-        if self.merged_A is not None and self.merged_B is not None:
-            self.merged_A.copy_(self.lora_A)
-            self.merged_B.copy_(self.lora_B)
-
-    def news(self) -> tuple[Tensor, Tensor]:
-        """Factors L (k, out) and R (k, in) of Σ(Dₙ − Dₙ') = s·LᵀR."""
-        A, B = _stacked(self.lora_A, self.lora_B, self.merged_A, self.merged_B)
-        return B.flatten(0, 1), A.flatten(0, 1)
-
-    def effective_weight(self) -> Tensor:
-        """W and the mean of what the heads have found since the last merge."""
-        L, R = self.news()
-        return torch.addmm(self.W.float(), L.float().mT, R.float(), alpha=self.scale / self.heads)
-
-    def dense(self) -> nn.Module:
-        layer: Any = super().dense()
-        if (bias := self.mean_bias()) is not None:
-            layer.bias = nn.Parameter(bias)
-        return layer  # type: ignore[no-any-return]
-
-    def embed(self, ids: Tensor, embedding: nn.Embedding) -> Tensor:
-        """Rows of the weight of each head, for an embedding that is tied to this layer."""
-        A, B = _stacked(self.lora_A, self.lora_B, self.merged_A, self.merged_B)
-        if not self.training:
-            return rows_of(ids, self.weight, A.flatten(0, 1), B.flatten(0, 1), self.scale / self.heads, embedding)
-        self.batch.check(ids)
-        shares = zip(ids.chunk(self.heads), A, B, strict=True)
-        return torch.cat([rows_of(part, self.weight, a, b, self.scale, embedding) for part, a, b in shares])
-
-    def mean_bias(self) -> Tensor | None:
-        """The mean of the heads' own biases; None where they have none."""
-        return None if self.bias is None or self.bias.ndim == 1 else self.batch.mean(self.bias.detach().unbind())
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Each share of the batch times the weight of its head."""
-        x, bias = input, cast(Tensor | None, self.bias)
-        if not self.training:
-            L, R = self.news()
-            return self._sum(x, R, L, bias if bias is None or bias.ndim == 1 else self.mean_bias())
-        self.batch.check(x)
-        device = x.device.type
-        parts: list[Any] = [x, self.W, self.lora_A, self.lora_B, self.merged_A, self.merged_B]
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            parts = [None if part is None else part.to(dtype) for part in parts]
-            bias = None if bias is None else bias.to(dtype)
-        with torch.autocast(device, enabled=False):
-            y = _ParallelProduct.apply(*parts, self.scale)
-            if bias is None:
-                return y  # type: ignore[no-any-return]
-            if bias.ndim == 1:
-                return y + bias  # type: ignore[no-any-return]
-            return (y.view(self.heads, -1, self.out_features) + bias.unsqueeze(1)).view(y.shape)  # type: ignore[no-any-return]
-
-
-def _stacked(A: Tensor, B: Tensor, merged_A: Tensor | None, merged_B: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[A A'] (N, k, in) and [B −B'] (N, k, out)."""
-    if merged_A is None or merged_B is None:
-        return A, B
-    return torch.cat([A, merged_A], 1), torch.cat([B, -merged_B], 1)
-
-
-class _ParallelProduct(torch.autograd.Function):
-    """xₙ(W + s·BₙᵀAₙ − s·B'ₙᵀA'ₙ)ᵀ; what is merged takes part as more directions, and gets no gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, merged_A: Tensor | None, merged_B: Tensor | None, s: float
-    ) -> Tensor:
-        ctx.scale = s
-        As, Bs = _stacked(A, B, merged_A, merged_B)
-        rows = x.reshape(A.shape[0], -1, x.shape[-1])
-        H = rows @ As.mT
-        y = (rows.flatten(0, 1) @ W.mT).view(*rows.shape[:2], -1).baddbmm_(H, Bs, alpha=s)
-        ctx.save_for_backward(x, W, H[..., : A.shape[1]] if merged_A is not None else H, As, Bs)
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, H, As, Bs = ctx.saved_tensors
-        rank, s = H.shape[-1], ctx.scale
-        with torch.autocast(dY.device.type, enabled=False):
-            dy, rows = (t.reshape(As.shape[0], -1, t.shape[-1]) for t in (dY, x))
-            dH = (dy @ Bs.mT).mul_(s)
-            dX = None
-            if ctx.needs_input_grad[0]:
-                dX = (dy.flatten(0, 1) @ W).view(rows.shape).baddbmm_(dH, As).view(x.shape)
-            gA = dH[..., :rank].mT @ rows
-            gB = (H.mT @ dy).mul_(s)
-            gW = dy.flatten(0, 1).mT @ rows.flatten(0, 1) if ctx.needs_input_grad[1] else None
-        return dX, gW, gA, gB, None, None, None
+__all__ = ["LTE", "LTEWeights"]
 
 
 class LTEWeights(HeadsWeights):
@@ -212,6 +82,57 @@ class LTEWeights(HeadsWeights):
         rest = (parameter for parameter in self.model.parameters() if parameter not in taken)
         return alone, [parameter.grad for parameter in rest if parameter.grad is not None]
 
+    @property
+    def divided(self) -> bool:
+        """Whether other processes have other heads."""
+        return self.batch.processes > 1
+
+    def collect(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a model or of its optimizer (``PARAMETER/KEY``), as a process with all heads would hold them.
+
+        Every process calls it.
+        """
+        device = next(self.model.parameters()).device  # where the processes can send each other tensors
+        found = {}
+        for key in sorted(tensors, key=self._ours):
+            tensor, number = tensors[key], _copy_of(key)
+            # The clocks of stacks of heads are the same everywhere.
+            if number is None and not (tensor.ndim and self._has_heads(key)):
+                found[key] = tensor
+                continue
+            parts = [part.to(tensor.device) for part in self.batch.gather(tensor.to(device).unsqueeze(0)).unbind()]
+            if number is None:
+                found[key] = torch.cat(parts)
+                continue
+            for process, part in enumerate(parts):
+                copied = number - self.batch.first + process * self.batch.heads
+                found[_with_copy(key, copied)] = part.clone()
+        return found
+
+    def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What this process holds of tensors that were collected."""
+        heads = range(self.batch.first, self.batch.first + self.batch.heads)
+        found = {}
+        for key, tensor in tensors.items():
+            if (number := _copy_of(key)) is not None and number not in heads:
+                continue
+            divided = number is None and tensor.ndim > 0 and self._has_heads(key)
+            found[key] = tensor[heads.start : heads.stop] if divided else tensor
+        return found
+
+    def _ours(self, key: str) -> tuple[str, int]:
+        """Sorts keys alike in all processes."""
+        number = _copy_of(key)
+        return (key, 0) if number is None else (_with_copy(key, 0), number)
+
+    def _has_heads(self, key: str) -> bool:
+        """Whether a tensor, or what an optimizer keeps of it, has one slice for each head."""
+        name, _, child = key.partition("/")[0].rpartition(".")
+        layer = self.layers.get(name)
+        if layer is None or child == "weight":
+            return False
+        return child != "bias" or (layer.bias is not None and layer.bias.ndim > 1)
+
     def end_step(self, step: int, optimizer: torch.optim.Optimizer) -> list[str]:
         """Merge, after every T-th step."""
         if (step + 1) % self.recipe.merge_every:
@@ -235,8 +156,8 @@ class LTEWeights(HeadsWeights):
                 for parameter in layer.factors().values():
                     optimizer.state.pop(parameter, None)
             layer.remember()
-            if (bias := layer.mean_bias()) is not None and layer.bias is not None:
-                layer.bias.copy_(bias)
+            if biases := layer.own_biases():
+                cast(Tensor, layer.bias).copy_(self.batch.mean(biases))
         for replicas in self.replicas.values():
             replicas.average_()
 
@@ -248,6 +169,19 @@ class LTEWeights(HeadsWeights):
             replicas.average_()
             replace_module(self.model, name, next(iter(replicas.copies.values())))
         return names
+
+
+_COPY = re.compile(r"(?<=\.copies\.)\d+(?=\.)")
+
+
+def _copy_of(key: str) -> int | None:
+    """The number of the head whose copy a tensor belongs to."""
+    match = _COPY.search(key)
+    return None if match is None else int(match[0])
+
+
+def _with_copy(key: str, number: int) -> str:
+    return _COPY.sub(str(number), key, count=1)
 
 
 def _clip(gradients: list[Tensor], max_norm: float) -> Tensor:
@@ -307,6 +241,21 @@ class LTE(MultiHeadLoRA):
         for name, allowed in (("others", ("replicated", "shared")), ("rounding", ("nearest", "stochastic"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {' or '.join(allowed)}.")
+
+    def check_run(self, *, processes: int, steps: int, eval_every: int) -> None:
+        """Processes share the heads evenly, and are one model when it is evaluated: after a merge."""
+        if processes == 1:
+            return
+        if self.heads % processes:
+            raise ValueError(
+                f"{processes} processes cannot share {self.heads} heads evenly: give a multiple of {processes}"
+            )
+        for name, value in (("steps", steps), ("eval_every", eval_every)):
+            if value % self.merge_every:
+                raise ValueError(
+                    f"{name} is {value}, but heads on several processes are one model after a merge only: give a "
+                    f"multiple of merge_every, {self.merge_every}."
+                )
 
     def apply(
         self,

@@ -87,7 +87,7 @@ class _Switched(Restarts):
             layer.adapt_(True)
             layer.weight.grad = None
             optimizer.state.pop(layer.weight, None)
-        return [f"factors in place of {len(self.layers)} weights, which are frozen now; their optimizer state is freed"]
+        return [f"restart 1: factors in place of {len(self.layers)} weights, whose optimizer state is freed"]
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class ReLoRA(WeightRecipe):
             ValueError: settings that do not fit the model or the number of steps, or no such layer.
         """
         parts, start = self.parts(steps), self._adapters_from(steps)
-        if start and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        if start and _processes() > 1:
             raise ValueError(
                 "full_rank_steps and lazy change which parameters have gradients, and DistributedDataParallel fixes "
                 "them when it is built; train the dense part in a run of its own and start from its checkpoint"
@@ -233,6 +233,11 @@ def check_lora(recipe: Any) -> None:
         raise ValueError(f"dropout is {recipe.dropout!r}; it must be at least 0 and less than 1")
     if recipe.rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding={recipe.rounding!r}: choose 'nearest' or 'stochastic'")
+
+
+def _processes() -> int:
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if there else 1
 
 
 def _needed(steps: int | None, setting: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,13 +54,8 @@ class Batch:
         return torch.cat(parts)
 
     def mean(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Mean of one tensor a head, in the dtype of the tensors; summed up in at least float32."""
-        total = tensors[0].to(torch.promote_types(tensors[0].dtype, torch.float32), copy=True)
-        for tensor in tensors[1:]:
-            total += tensor
-        if self.processes > 1:
-            dist.all_reduce(total)
-        return (total / self.total).to(tensors[0].dtype)
+        """Mean of one tensor a head over all processes, in the dtype of the tensors."""
+        return mean(tensors, self.total, everywhere=self.processes > 1)
 
     def see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at what a model is called with; a hook before its forward pass.
@@ -97,8 +92,20 @@ class Batch:
             )
 
 
+def mean(tensors: Sequence[Tensor], count: int, *, everywhere: bool = False) -> Tensor:
+    """Sum over ``count``, taken in at least float32; ``everywhere`` adds the sums of all processes."""
+    total = tensors[0].to(torch.promote_types(tensors[0].dtype, torch.float32), copy=True)
+    for tensor in tensors[1:]:
+        total += tensor
+    if everywhere:
+        dist.all_reduce(total)
+    return (total / count).to(tensors[0].dtype)
+
+
 class Replicas(nn.Module):
     """Copies of a module, one a head: each sees its own share of a batch; in evaluation all have their mean.
+
+    That is the mean of the copies that are here, which are equal to all others after a merge.
 
     Args:
         copies: the copies.
@@ -114,7 +121,8 @@ class Replicas(nn.Module):
     def forward(self, *args: Any) -> Any:
         """Call each copy with its share."""
         if not self.training:
-            return torch.func.functional_call(next(iter(self.copies.values())), self.mean(), args)
+            here = {name: mean(same, len(same)) for name, same in self._parameters_by_name()}
+            return torch.func.functional_call(next(iter(self.copies.values())), here, args)
         shares = [self._divided(x) for x in args]
         whole = all(len({id(part) for part in parts}) == 1 for parts in shares)
         results = []
@@ -131,19 +139,17 @@ class Replicas(nn.Module):
             return x.chunk(len(self.copies))
         return (x,) * len(self.copies)
 
-    @torch.no_grad()
-    def mean(self) -> dict[str, Tensor]:
-        """The mean of the copies' parameters, by name."""
-        kinds = zip(*(module.named_parameters() for module in self.copies.values()), strict=True)
-        return {same[0][0]: self.batch.mean([parameter for _, parameter in same]) for same in kinds}
+    def _parameters_by_name(self) -> Iterator[tuple[str, list[Tensor]]]:
+        for same in zip(*(module.named_parameters() for module in self.copies.values()), strict=True):
+            yield same[0][0], [parameter.detach() for _, parameter in same]
 
     @torch.no_grad()
     def average_(self) -> None:
-        """Set all copies to their mean."""
-        mean = self.mean()
-        for module in self.copies.values():
-            for name, parameter in module.named_parameters():
-                parameter.copy_(mean[name])
+        """Set all copies, those of other processes too, to their mean."""
+        for _, same in self._parameters_by_name():
+            average = self.batch.mean(same)
+            for parameter in same:
+                parameter.copy_(average)
 
 
 def replicate(model: nn.Module, batch: Batch) -> dict[str, Replicas]:

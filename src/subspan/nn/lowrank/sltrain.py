@@ -29,8 +29,8 @@ class SLTrainLinear(LowRankLayer):
     """y = x·(s·BA + S)ᵀ + b with a sparse S whose places are fixed and whose values are trained.
 
     W = s·BA + S (out, in) is there while it is multiplied, once in forward and once in backward. Of its gradient
-    G = dYᵀx a few rows at a time are formed, from which the values of S take theirs; those of the factors are products
-    of thin matrices, s·dYᵀ(xAᵀ) and s·(dY·B)ᵀx.
+    G = dYᵀx a few rows at a time are formed, from which the values of S take theirs, and the factors s·G·Aᵀ and s·BᵀG;
+    of fewer tokens than out·in/(out + in) s·dYᵀ(xAᵀ) and s·(dY·B)ᵀx are cheaper.
 
     Args:
         layer: the linear layer whose place it takes; its matrix is not kept.
@@ -168,23 +168,32 @@ class _SparseAndLowRank(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, values, indices = ctx.saved_tensors
-        scale, needs = ctx.scale, ctx.needs_input_grad
+        scale, needs, wide = ctx.scale, ctx.needs_input_grad, torch.promote_types(A.dtype, torch.float32)
         dX = gA = gB = gV = gb = None
         with torch.autocast(dY.device.type, enabled=False):
             dy, rows = dY.reshape(-1, dY.shape[-1]), x.reshape(-1, x.shape[-1])
             if needs[0]:
                 dX = (dy @ _weight(A, B, values, indices, scale)).view(x.shape)
+            # Of many tokens G is cheaper to multiply than dY and x; it is there in tiles for the values.
+            by_tiles = needs[3] and len(rows) * (len(B) + A.shape[1]) > len(B) * A.shape[1]
             if needs[1]:
-                gA = ((dy @ B) * scale).mT @ rows
+                gA = torch.zeros_like(A, dtype=wide) if by_tiles else ((dy @ B) * scale).mT @ rows
             if needs[2]:
-                gB = dy.mT @ ((rows @ A.mT) * scale)
+                gB = torch.empty_like(B) if by_tiles else dy.mT @ ((rows @ A.mT) * scale)
             if needs[3]:
                 gV = torch.empty_like(values)
                 for start, length, first, last in ctx.pieces:
-                    G = dy[:, start : start + length].mT @ rows
-                    places = indices[first:last] - start * x.shape[-1]
+                    tile = slice(start, start + length)
+                    G = dy[:, tile].mT @ rows
+                    places = indices[first:last] - start * A.shape[1]
                     gV[first:last] = G.view(-1).index_select(0, places)
+                    if by_tiles and gA is not None:
+                        gA += (B[tile] * scale).mT @ G
+                    if by_tiles and gB is not None:
+                        gB[tile] = G @ (A * scale).mT
                     del G, places  # before the next tile is there
+            if gA is not None:
+                gA = gA.to(A.dtype)
             if needs[4]:
                 gb = dy.sum(0)
         return dX, gA, gB, gV, gb, None, None, None

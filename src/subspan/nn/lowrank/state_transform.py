@@ -13,6 +13,7 @@ from torch import Tensor
 from subspan.optim import LowRankOptimizer
 from subspan.optim.method import State
 from subspan.optim.shards import is_sharded
+from subspan.optim.subspace.switch import Switch
 
 __all__ = [
     "Keep",
@@ -121,7 +122,7 @@ def transform_state(
 
     Raises:
         RuntimeError: a parameter that `fully_shard` has divided.
-        ValueError: an optimizer with other state.
+        ValueError: an optimizer with other state, or one that counts the steps of a projected factor.
 
     Example:
         >>> W = torch.nn.Parameter(torch.ones(4, 4))
@@ -159,6 +160,11 @@ def edit_state(optimizer: torch.optim.Optimizer, parameter: Tensor, edit: Callab
             "a restart transforms whole moments, and fully_shard has divided this parameter; train it with DDP"
         )
     if isinstance(optimizer, LowRankOptimizer):
+        if isinstance(optimizer.method.subspace, Switch) and "basis" in optimizer.state.get(parameter, {}):
+            raise ValueError(
+                f"{optimizer.method.name} changes its subspaces after a number of steps, which a restart counts anew; "
+                "project factors that are restarted with another method"
+            )
         optimizer.edit_state(parameter, edit)
     elif optimizer.state.get(parameter):
         _check(optimizer, parameter)

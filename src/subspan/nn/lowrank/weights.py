@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from subspan.linalg import seeded_generator
 from subspan.nn.lowrank.layer import LowRankLayer, merge_layers
@@ -67,6 +67,24 @@ class LowRankWeights:
         """
         return []
 
+    @property
+    def divided(self) -> bool:
+        """Whether each process trains parameters of its own, so that no gradients are averaged between them."""
+        return False
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Clip the gradients of all that is trained by their norm, which is returned as it was before."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        return nn.utils.clip_grad_norm_(trained, max_norm)
+
+    def collect(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the model or of its optimizer (``PARAMETER/KEY``), of all processes where these are `divided`."""
+        return dict(tensors)
+
+    def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What this process holds of tensors that were collected."""
+        return dict(tensors)
+
     def rate(self, step: int, schedule: Rate) -> float:
         """The learning rate at a step, where ``schedule`` gives it without regard to what happens to the weights."""
         return schedule(step)
@@ -115,4 +133,16 @@ class WeightRecipe(ABC):
 
         Raises:
             ValueError: settings that do not fit the model, or no such layer.
+        """
+
+    def check_run(self, *, processes: int, steps: int, eval_every: int) -> None:  # noqa: B027
+        """Refuse a run that the recipe cannot have, before there is a model.
+
+        Args:
+            processes: that train together.
+            steps: of the run.
+            eval_every: steps between evaluations; 0: at the end.
+
+        Raises:
+            ValueError: naming the setting.
         """
