@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -205,14 +206,16 @@ def assert_planned(folder: Path, **changes: Any) -> None:
     tokens = torch.arange(64).remainder(300).view(4, 16)
     loss, _ = _between_steps(weights, optimizer, lambda: model(input_ids=tokens, labels=tokens).loss, 1)
     learnt: set[str] = set()
+    steps = itertools.count()
 
     def step() -> None:
-        weights.before_step(0)
+        now = next(steps)
+        weights.before_step(now)
         for name, factor in weights.factors().items():
             if factor.grad is not None and factor.grad.any():
                 learnt.add(name.rpartition(".")[0].partition("_proj")[0])
         optimizer.step()
-        weights.end_step(0, optimizer)
+        weights.end_step(now, optimizer)
 
     real = PeakPlan.of(trace_training(model, optimizer, loss, step=step, logits_size=300))
     given = {"model": str(folder / "model.json"), "batch_size": 4, "seq_len": 16, "device": "cpu", **changes}

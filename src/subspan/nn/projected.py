@@ -19,7 +19,7 @@ from subspan.optim import LowRankOptimizer
 from subspan.optim.names import canonical_name
 from subspan.optim.slots import GradientSlots, Reader
 
-__all__ = ["SAME_INPUT", "ProjectedConv1D", "ProjectedLinear", "project_gradients"]
+__all__ = ["SAME_INPUT", "ProjectedConv1D", "ProjectedLinear", "ProjectedProduct", "project_gradients"]
 
 
 #: Names of layers beside each other that have the same input, in the models of Hugging Face and their ancestors.
@@ -170,8 +170,8 @@ def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, slots: GradientSlots,
         bias = None if bias is None else bias.to(dtype)
     with torch.autocast(device, enabled=False):
         xQ = _coordinates(x, given, slots) if input_side and slots.key is None else None
-        return _ProjectedProduct.apply(  # type: ignore[no-any-return]
-            x, weight, bias, slots.key, slots.projected, slots.sketch, input_side, slots.reader, xQ, *slots.held
+        return ProjectedProduct.apply(  # type: ignore[no-any-return]
+            x, bias, slots.key, slots.projected, slots.sketch, input_side, slots.reader, None, xQ, weight, *slots.held
         )
 
 
@@ -183,50 +183,73 @@ def _coordinates(x: Tensor, given: Tensor, slots: GradientSlots) -> Tensor:
     return slots.shared.take(given, x, slots)
 
 
-class _ProjectedProduct(torch.autograd.Function):
-    """xWᵀ + b whose backward gives R to one leaf, and the sketch to another.
+class ProjectedProduct(torch.autograd.Function):
+    """xWᵀ + b, or x(W + s·ΔW)ᵀ + b, whose backward gives R to one leaf, and the sketch to another.
 
-    A basis is decoded and a test matrix drawn where they are used, and neither is kept from forward to backward.
+    With a scale s the leaf of R is a factor T (r, k) itself, and ΔW = QT, or its transpose with the input side
+    projected: a low-rank adapter whose one factor is frozen. Its gradient is s·R: projecting a gradient and training
+    such an adapter are the same. Without a scale the leaf stands for T = 0, which an optimizer has merged already.
+
+    What is coded is decoded and a test matrix drawn where they are used, and neither is kept from forward to backward.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
         bias: Tensor | None,
         key: Tensor | None,
         projected: Tensor,
-        sketch: Tensor,
+        sketch: Tensor | None,
         input_side: bool,
         reader: Reader,
+        scale: float | None,
         coordinates: Tensor | None,
         *held: Tensor,
     ) -> Tensor:
-        ctx.input_side, ctx.has_bias, ctx.reader = input_side, bias is not None, reader
+        ctx.input_side, ctx.has_bias, ctx.reader, ctx.scale = input_side, bias is not None, reader, scale
+        weight, behind = reader.read_weight(held, x.dtype)
+        y = nn.functional.linear(x, weight, bias)
+        if scale is not None:
+            basis, T = reader.read_basis(behind).to(x.dtype), projected.to(x.dtype)
+            thin = x @ (basis if input_side else T.mT)
+            second = T if input_side else basis.mT
+            y.view(-1, y.shape[-1]).addmm_(thin.view(-1, thin.shape[-1]), second, alpha=scale)
+            coordinates = thin if input_side and key is None else None
         ctx.is_projected = coordinates is not None
-        if coordinates is not None:
-            ctx.save_for_backward(coordinates, weight)
+        if ctx.is_projected and scale is None:
+            ctx.save_for_backward(coordinates, None, None, *held[: len(held) - len(behind)])
         else:
-            ctx.save_for_backward(x, weight, key, *held)
-        return nn.functional.linear(x, weight, bias)
+            ctx.save_for_backward(
+                coordinates if ctx.is_projected else x, None if scale is None else projected, key, *held
+            )
+        return y
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-        kept, weight, *rest = ctx.saved_tensors
+        kept, T, key, *held = ctx.saved_tensors
+        scale, input_side, reader = ctx.scale, ctx.input_side, ctx.reader
         with torch.autocast(dY.device.type, enabled=False):
+            weight, behind = reader.read_weight(held, dY.dtype)
             dX = dY @ weight if ctx.needs_input_grad[0] else None
+            del weight
             rows = dY.reshape(-1, dY.shape[-1])
-            bias = rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+            bias = rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[1] else None
             x, sketch = kept.reshape(-1, kept.shape[-1]), None
+            basis: Any = None if ctx.is_projected and scale is None else reader.read_basis(behind).to(rows.dtype)
+            thin: Any = None if input_side else rows @ basis
+            if dX is not None and scale is not None:
+                T = T.to(rows.dtype)
+                first, second = (rows @ T.mT, basis.mT) if input_side else (thin, T)
+                dX.view(-1, dX.shape[-1]).addmm_(first, second, alpha=scale)
             if ctx.is_projected:
                 R = x.mT @ rows
             else:
-                key, *held = rest
-                basis = ctx.reader.read_basis(held).to(rows.dtype)
-                R = (x @ basis).mT @ rows if ctx.input_side else (rows @ basis).mT @ x
+                R = (x @ basis).mT @ rows if input_side else thin.mT @ x
                 if key is not None:
-                    left, right = (x, rows) if ctx.input_side else (rows, x)
-                    sketch = left.mT @ (right @ ctx.reader.draw(key, held, right, right.shape[-1]))
-        return dX, None, bias, None, R, sketch, *(None for _ in ctx.needs_input_grad[6:])
+                    left, right = (x, rows) if input_side else (rows, x)
+                    sketch = reader.sketch(key, behind, left, right)
+            if scale is not None:
+                R *= scale
+        return dX, bias, None, R, sketch, *(None for _ in ctx.needs_input_grad[5:])

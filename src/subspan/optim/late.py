@@ -127,7 +127,12 @@ def fold(G: Tensor, projection: Projection, Omega: Tensor | None) -> Folded:
 
 def refresh_key(seed: int, name: str, refreshes: int) -> Tensor:
     """Key of the test matrix of one refresh; a tensor, so that compiled code need not know its value."""
-    unsigned = seeded_generator(seed, name, refreshes).initial_seed()
+    return key_of(seeded_generator(seed, name, refreshes))
+
+
+def key_of(generator: torch.Generator) -> Tensor:
+    """The seed of a generator as a key."""
+    unsigned = generator.initial_seed()
     return torch.zeros((), dtype=torch.int64).fill_(unsigned - (unsigned >> 63 << 64))
 
 
@@ -207,7 +212,7 @@ def random_start(state: State, specs: Mapping[str, StateSpec], geometry: Geometr
 
 
 def basis_from_sketch(
-    spec: StateSpec, Y: Tensor, dtype: torch.dtype, generator: torch.Generator
+    spec: StateSpec, Y: Tensor, dtype: torch.dtype, generator: torch.Generator, *, turn: bool = False
 ) -> tuple[Tensor, bool]:
     """A basis of the range of Y, held as ``spec`` says, and whether it is turned already.
 
@@ -221,14 +226,14 @@ def basis_from_sketch(
     # The first columns of a random sketch span its range: the diagonal shows whether all of them are needed.
     diagonal, floor = triangle.diagonal(dim1=-2, dim2=-1).abs(), round_off_floor(Y.shape[-2], dtype, Y.dtype)
     deficient = not bool((diagonal > floor * torch.linalg.matrix_norm(triangle)[..., None]).all())
-    if deficient or spec.codec is not None:
+    if deficient or turn or spec.codec is not None:
         Q, X = turned(Q, [triangle], dtype, generator)
     if deficient:
         kept = _above_round_off(X, [triangle], Y.shape[-2], dtype)
         Q = complete(Q, ~kept, m=Y.shape[-2], generator=generator)
     if spec.codec is not None:
         return rounded(spec, Q * canonical_signs(Q)), True
-    return (Q * canonical_signs(Q)).to(spec.dtype), False
+    return (Q * canonical_signs(Q)).to(spec.dtype), turn
 
 
 def turned(

@@ -22,10 +22,19 @@ class Reader:
     Args:
         basis: how the basis Q (m, r) is held.
         warm: what the first moment does to test matrices.
+        weight: how a frozen weight is held; None for one that is ready to be multiplied by.
     """
 
     basis: StateSpec
-    warm: WarmStart | None
+    warm: WarmStart | None = None
+    weight: StateSpec | None = None
+
+    def read_weight(self, held: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, Sequence[Tensor]]:
+        """W, if it is held by a frozen layer in this dtype, and the tensors behind those that hold it."""
+        if self.weight is None:
+            return held[0], held[1:]
+        count = len(self.weight.stored(""))
+        return _decoded(self.weight, held[:count]).to(dtype), held[count:]
 
     def read_basis(self, held: Sequence[Tensor]) -> Tensor:
         """Q; ``held`` begins with the tensors that hold it."""
@@ -38,6 +47,10 @@ class Reader:
             return Omega
         *moment, lengths = held[len(self.basis.stored("")) :]
         return self.warm.apply(Omega, _decoded(self.warm.moment, moment), lengths)
+
+    def sketch(self, key: Tensor, held: Sequence[Tensor], left: Tensor, right: Tensor) -> Tensor:
+        """GΩ of the gradient G = leftᵀ·right."""
+        return left.mT @ (right @ self.draw(key, held, right, right.shape[-1]))
 
 
 class GradientSlots:
@@ -65,14 +78,14 @@ class GradientSlots:
     """
 
     def __init__(self, geometry: Geometry, basis: StateSpec, right: bool, like: Tensor) -> None:
-        self.reader = Reader(basis, None)
+        self.reader = Reader(basis)
         self.right, self.active = right, True
         self.shared: SharedProduct | None = None
         self.held: tuple[Tensor, ...] = ()
         self.key: Tensor | None = None
         self.R, self.Y = Sum(), Sum()
-        self.projected = _leaf(geometry.rank, geometry.n, like, self.R)
-        self.sketch = _leaf(geometry.m, geometry.rank, like, self.Y)
+        self.projected = empty_leaf(geometry.rank, geometry.n, like, self.R)
+        self.sketch = empty_leaf(geometry.m, geometry.rank, like, self.Y)
 
     def arm(
         self, first: State, state: State, key: Tensor | None, warm: tuple[str, WarmStart, Tensor] | None = None
@@ -205,7 +218,8 @@ def _decoded(spec: StateSpec, held: Sequence[Tensor]) -> Tensor:
     return spec.decode("", dict(zip(spec.stored(""), held, strict=True)))
 
 
-def _leaf(rows: int, columns: int, like: Tensor, taken_by: Sum) -> Tensor:
+def empty_leaf(rows: int, columns: int, like: Tensor, taken_by: Sum) -> Tensor:
+    """A leaf of zeros without memory of its own, in the dtype of ``like``, whose gradients a sum takes."""
     leaf = torch.zeros((), dtype=like.dtype, device=like.device).expand(rows, columns).requires_grad_()
     leaf.register_post_accumulate_grad_hook(taken_by)
     return leaf

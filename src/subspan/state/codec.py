@@ -87,7 +87,8 @@ class Blockwise(Codec):
 
     Args:
         levels: ``"dynamic"``: a part of the levels for each power of ten, the more the nearer to 1 (arXiv 1511.04561,
-            2110.02861), which suits moments; ``"linear"``: equal gaps, which suits bases.
+            2110.02861), which suits moments; ``"linear"``: equal gaps, which suits bases; ``"normal"``, of 4 bits and
+            signed: quantiles of a normal distribution, 8 above zero and 7 below (NF4), which suits weights.
         bits: of one code; two codes of 4 bits share a byte.
         signed: levels come with both signs. Unsigned levels are for tensors without negative entries, and a positive
             entry never becomes zero, whatever its size: Adam divides by its root.
@@ -99,13 +100,17 @@ class Blockwise(Codec):
         >>> codec.decode(codec.encode(X), X.shape)
         tensor([[ 0.0000e+00, -2.0000e+00,  1.1000e-06,  4.9531e-01]])
 
-    Source: arXiv 2110.02861 (8 bits), 2309.01507 (4 bits), 2407.08296 (linear levels for bases).
+    Source: arXiv 2110.02861 (8 bits), 2309.01507 (4 bits), 2407.08296 (linear levels for bases), 2305.14314 (NF4).
     """
 
-    levels: Literal["dynamic", "linear"]
+    levels: Literal["dynamic", "linear", "normal"]
     bits: Literal[8, 4]
     signed: bool = True
     block: int = 256
+
+    def __post_init__(self) -> None:
+        if self.levels == "normal" and not (self.bits == 4 and self.signed):
+            raise ValueError(f"levels='normal' are of 4 bits and signed, not bits={self.bits}, signed={self.signed}")
 
     def specs(self, shape: tuple[int, ...]) -> dict[str, StateSpec]:
         batch, size = _matrices(shape)
@@ -159,7 +164,15 @@ class Blockwise(Codec):
             yield start, min(start + length, size)
 
     def _codes(self, values: Tensor, scale: Tensor, generator: torch.Generator | None) -> Tensor:
-        """uint8 codes of blocks (..., block); code 0 is level 0, and negative levels count down from the last code."""
+        """uint8 codes of blocks (..., block).
+
+        Code 0 is level 0, and negative levels count down from the last code. Normal levels are numbered from −1 to 1.
+        """
+        if self.levels == "normal":
+            share = values / torch.where(scale > 0, scale, 1.0).unsqueeze(-1)
+            levels, bounds = _normal(values.device)
+            index = torch.bucketize(share, bounds, out_int32=True)
+            return (index if generator is None else _stochastic(index, share, levels, generator)).to(torch.uint8)
         encoding = _encoding(self, values.device)
         share = values.abs() / torch.where(scale > 0, scale, 1.0).unsqueeze(-1)
         # Cells are bfloat16 numbers, cut off: none has two bounds between levels, so one comparison is enough.
@@ -252,11 +265,14 @@ def _encoding(codec: Blockwise, device: torch.device) -> _Encoding:
 @functools.cache
 def _decoding(codec: Blockwise, device: torch.device) -> Tensor:
     """Levels by byte: 256 float32 numbers, or, where a byte holds two codes, 256 pairs of them as one number each."""
-    levels = _magnitudes(codec).float()
-    codes = torch.zeros(1 << codec.bits)
-    codes[: len(levels)] = levels
-    if codec.signed:
-        codes[1 - len(levels) :] = -levels[1:].flip(0)
+    if codec.levels == "normal":
+        codes = _normal(torch.device("cpu"))[0]
+    else:
+        levels = _magnitudes(codec).float()
+        codes = torch.zeros(1 << codec.bits)
+        codes[: len(levels)] = levels
+        if codec.signed:
+            codes[1 - len(levels) :] = -levels[1:].flip(0)
     byte = torch.arange(256)
     if codec.bits == 4:
         codes = torch.stack([codes[byte & 15], codes[byte >> 4]], dim=-1).view(torch.int64).flatten()
@@ -279,6 +295,21 @@ def _magnitudes(codec: Blockwise) -> Tensor:
         parts.append(10.0 ** (exponent + 1 - exponents) * (edges[:-1] + edges[1:]) / 2)
     levels = torch.cat(parts)[:count]
     return torch.cat([levels, torch.ones(1, dtype=torch.float64)])
+
+
+@functools.cache
+def _normal(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The 16 levels of NF4 from −1 to 1, and the midpoints between them.
+
+    On each side quantiles of a normal distribution at equal gaps of probability, divided by the largest. The outermost
+    one is in the middle between the last cell of 15 and of 16 equal ones; the side above zero has one level more.
+    """
+    last = 0.9677083  # 1 − (1/30 + 1/32)/2 as it was cut off for the table that all others have
+    above, below = (
+        torch.special.ndtri(torch.linspace(0.5, last, count + 1, dtype=torch.float64)[1:]) for count in (8, 7)
+    )
+    levels = torch.cat([-below.flip(0), torch.zeros(1, dtype=torch.float64), above]) / above[-1]
+    return levels.float().to(device), ((levels[:-1] + levels[1:]) / 2).float().to(device)
 
 
 def _stochastic(index: Tensor, share: Tensor, levels: Tensor, generator: torch.Generator) -> Tensor:

@@ -3,6 +3,8 @@
 from subspan.nn.lowrank.factored import Factored, FactoredLinear, FactoredWeights
 from subspan.nn.lowrank.heads import HeadsLinear, MultiHeadLoRA
 from subspan.nn.lowrank.layer import LowRankLayer, add_product_, low_rank_layers, merge_layers
+from subspan.nn.lowrank.loqt import LoQT
+from subspan.nn.lowrank.loqt_layer import LoQTLinear
 from subspan.nn.lowrank.lte import LTE, LTEWeights
 from subspan.nn.lowrank.parallel import ParallelHeadsLinear
 from subspan.nn.lowrank.peft_layers import PeftLayer, PeftRestarts, peft_layers, restart_peft
@@ -25,6 +27,8 @@ __all__ = [
     "HeadsLinear",
     "Keep",
     "LTEWeights",
+    "LoQT",
+    "LoQTLinear",
     "LowRankLayer",
     "LowRankWeights",
     "MagnitudePrune",

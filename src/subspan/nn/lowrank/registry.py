@@ -7,6 +7,7 @@ from typing import Any
 
 from subspan.nn.lowrank.factored import Factored
 from subspan.nn.lowrank.heads import MultiHeadLoRA
+from subspan.nn.lowrank.loqt import LoQT
 from subspan.nn.lowrank.lte import LTE
 from subspan.nn.lowrank.periodic_lora import PeriodicLoRA
 from subspan.nn.lowrank.relora import ReLoRA
@@ -17,7 +18,7 @@ from subspan.optim.groups import unknown_setting
 __all__ = ["list_weights", "weight_recipe", "weight_recipe_class"]
 
 _RECIPES: dict[str, type[WeightRecipe]] = {
-    recipe.name: recipe for recipe in (MultiHeadLoRA, LTE, ReLoRA, PeriodicLoRA, Factored, SLTrain)
+    recipe.name: recipe for recipe in (MultiHeadLoRA, LTE, ReLoRA, PeriodicLoRA, Factored, SLTrain, LoQT)
 }
 
 

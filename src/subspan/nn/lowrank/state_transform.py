@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +15,16 @@ from subspan.optim.method import State
 from subspan.optim.shards import is_sharded
 from subspan.optim.subspace.switch import Switch
 
-__all__ = ["Keep", "MagnitudePrune", "Pruned", "RandomPrune", "ResetState", "StateTransform", "transform_state"]
+__all__ = [
+    "Keep",
+    "MagnitudePrune",
+    "Pruned",
+    "RandomPrune",
+    "ResetState",
+    "StateTransform",
+    "edit_state",
+    "transform_state",
+]
 
 #: State that is no moment: the clock of a parameter, and what belongs to a projection of its gradient.
 _CLOCKS = ("step", "next_refresh", "refreshes", "turned", "rank", "gap", "overlaps", "basis", "residual_norm")
@@ -124,16 +134,31 @@ def transform_state(
         >>> float(optimizer.state[W]["step"])
         0.0
     """
-    if is_sharded(parameter):
-        raise RuntimeError(
-            "a restart transforms whole moments, and fully_shard has divided this parameter; train it with DDP"
-        )
     pruned = Pruned(0, 0)
 
     def edit(state: State) -> None:
         nonlocal pruned
         pruned = _transform(state, transform, generator)
 
+    edit_state(optimizer, parameter, edit)
+    return pruned
+
+
+def edit_state(optimizer: torch.optim.Optimizer, parameter: Tensor, edit: Callable[[State], None]) -> None:
+    """Change the state of one parameter, also where moments are held in 8 bits; nothing happens where there is none.
+
+    Args:
+        optimizer, parameter: see `transform_state`.
+        edit: changes the tensors of the state that it is given, in place.
+
+    Raises:
+        RuntimeError: a parameter that `fully_shard` has divided.
+        ValueError: an optimizer with other state.
+    """
+    if is_sharded(parameter):
+        raise RuntimeError(
+            "a restart transforms whole moments, and fully_shard has divided this parameter; train it with DDP"
+        )
     if isinstance(optimizer, LowRankOptimizer):
         if isinstance(optimizer.method.subspace, Switch) and "basis" in optimizer.state.get(parameter, {}):
             raise ValueError(
@@ -144,7 +169,6 @@ def transform_state(
     elif optimizer.state.get(parameter):
         _check(optimizer, parameter)
         edit(optimizer.state[parameter])
-    return pruned
 
 
 def _transform(state: State, transform: StateTransform, generator: torch.Generator) -> Pruned:
