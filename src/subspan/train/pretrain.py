@@ -307,6 +307,8 @@ def build_trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         # Every process reads a stream and takes its own batches, in the order of a single process.
         accelerator_config={"dispatch_batches": False},
+        # Buffers of layers with weights of low rank are large, and equal everywhere by themselves.
+        ddp_broadcast_buffers=False,
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         report_to=config.report_to,

@@ -221,7 +221,8 @@ def weight_groups(model: nn.Module, config: PretrainConfig) -> list[dict[str, An
     """
     ratio = config.adapter_settings.get("lora_plus_ratio", 1)
     owned = {parameter for parameter in _factors(model).values()}
-    merged = {layer.weight for _, layer in low_rank_layers(model)} if config.project == "merged" else set()
+    # Frozen weights that are trained: beside their factors, or for a while in their place.
+    dense = {getattr(layer, "weight", None) for _, layer in low_rank_layers(model)}
     kinds: dict[str, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if parameter in owned:
@@ -229,7 +230,7 @@ def weight_groups(model: nn.Module, config: PretrainConfig) -> list[dict[str, An
             kind += ", B" if ratio != 1 and "lora_B" in name else ""
         elif not parameter.requires_grad:
             continue
-        elif parameter in merged:
+        elif parameter in dense:
             kind = "merged"
         else:
             kind = "others" if parameter.ndim >= 2 else "vectors"
