@@ -48,6 +48,23 @@ def test_a_run_that_is_resumed_in_a_cycle_continues_bit_by_bit(kind: str, cut: i
         assert torch.equal(one, other), name
 
 
+def test_no_refresh_follows_the_last_step() -> None:
+    """It would round the weights once more, and nothing would learn to make up for it."""
+    model = Network()
+    weights = LoQT(rank=4, first_gap=5).apply(model, steps=11)  # gaps end after 5 and 11 steps
+    said = train(model, weights, AdamW(trainable(model), lr=1e-2), range(11))
+    assert [step for step, _ in said] == [0, 4]
+
+
+def test_a_sketch_is_left_in_the_steps_that_end_with_a_refresh_alone() -> None:
+    """A run that is continued begins step 0 before it knows where it is."""
+    model, weights, _ = built()
+    for step, due in ((0, True), (3, False), (4, True), (7, False)):
+        weights.begin_step(step)
+        model(batch(step)[0]).sum().backward()
+        assert (model.tall._sum.value is not None) == due, step
+
+
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_planned_bytes_are_allocated_bytes(kind: str, dtype: torch.dtype) -> None:

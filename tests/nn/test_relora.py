@@ -188,6 +188,24 @@ def test_lazy_adapters_come_in_the_last_steps() -> None:
     assert [step for step in range(99) if weights.when.due(step)] == [90]
 
 
+@pytest.mark.parametrize("recipe", [RECIPES[0], RECIPES[5]])
+def test_no_restart_follows_the_last_step(recipe: Any) -> None:
+    """It would drop optimizer state, and with momentum a part of what the last stage has learnt, for nothing."""
+    for steps in (12, None):
+        weights = recipe.apply(network(), steps=steps)
+        optimizer = AdamW(named(weights.model))
+        lines = train(weights, optimizer, 0, 12)
+        assert len(lines) == (1 if steps else 2)
+        assert bool(weights.layers["0"].factors()["lora_B"].any()) == bool(steps)
+
+
+@pytest.mark.parametrize("steps", [8, 41, 43, 99, 100])
+def test_the_cycles_of_a_run_are_even(steps: int) -> None:
+    when = ReLoRA().parts(steps)["when"]
+    restarts = [done for done in range(1, steps) if when.due(done)]
+    assert len(restarts) == 3 and 0.7 < (steps - restarts[-1]) / when.period <= 1
+
+
 def test_the_rank_of_the_sum_grows() -> None:
     model = network()
     W = model[0].weight.detach().clone()
@@ -295,6 +313,8 @@ def test_settings_of_a_run() -> None:
         ReLoRA().apply(network())
     with pytest.raises(ValueError, match="rewarm is 8, a cycle has 8 steps"):
         ReLoRA(rank=4, restart_every=8, rewarm=8).apply(network())
+    with pytest.raises(ValueError, match="full_rank_steps is 8, but the run has 8 steps"):
+        ReLoRA(rank=4, full_rank_steps=8).apply(network(), steps=8)
     with pytest.raises(ValueError, match=r"momentum is 1\.0"):
         weight_recipe("periodic_lora", momentum=1.0)
     parts = ReLoRA().parts(20_000)  # the paper's cycles

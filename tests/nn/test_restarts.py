@@ -202,6 +202,22 @@ def test_optimizers_that_are_not_understood() -> None:
         transform_state(optimizer, W, ResetState(), torch.Generator())
 
 
+@pytest.mark.parametrize("start", [0, 3])
+def test_what_cannot_be_transformed_is_refused_in_the_first_step_of_a_cycle(start: int) -> None:
+    model = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 8))
+    weights = ReLoRA(rank=4, restart_every=100, full_rank_steps=start).apply(model)
+    optimizer = torch.optim.Adafactor([p for p in model.parameters() if p.requires_grad])
+    for step in range(start + 1):
+        optimizer.zero_grad()
+        weights.begin_step(step)
+        model(torch.randn(8, 24)).square().mean().backward()
+        optimizer.step()
+        if step < start:
+            weights.end_step(step, optimizer)
+    with pytest.raises(ValueError, match=r"row_var.*Adafactor"):
+        weights.end_step(start, optimizer)
+
+
 def restarting(dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[nn.Module, LowRankWeights]:
     model = nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 8)).to(dtype)
     return model, ReLoRA(rank=4, alpha=4.0, restart_every=10, **settings).apply(model)

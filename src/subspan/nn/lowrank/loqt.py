@@ -35,8 +35,8 @@ class _LoQTRestarts(Restarts):
         super().__init__(*args, **settings)
         self.moments = moments
 
-    def _due(self, step: int) -> bool:
-        return step == 0 or self.when.due(step + 1)
+    def due(self, step: int) -> bool:
+        return (step == 0 or self.when.due(step + 1)) and step + 1 != self.steps
 
     def _loqt_layers(self) -> Iterator[tuple[str, LoQTLinear]]:
         for name, layer in self.layers.items():
@@ -44,9 +44,9 @@ class _LoQTRestarts(Restarts):
             yield name, layer
 
     def begin_step(self, step: int) -> None:
-        if self._due(step):
-            for name, layer in self._loqt_layers():
-                layer.arm(key_of(self.generator(name, step)))
+        due = self.due(step)
+        for name, layer in self._loqt_layers():
+            layer.arm(key_of(self.generator(name, step)) if due else None)
 
     @torch.no_grad()
     def end_step(self, step: int, optimizer: torch.optim.Optimizer) -> list[str]:
@@ -56,9 +56,9 @@ class _LoQTRestarts(Restarts):
             ValueError: a factor that is not in the optimizer, or whose moments do not have its shape.
             RuntimeError: a factor that `fully_shard` has divided.
         """
-        if not self._due(step):
+        if not self.due(step):
             return []
-        self.transform(step, optimizer)  # which keeps all, but refuses what cannot be transformed
+        self.transform(step, optimizer, self.state)  # which keeps all, but refuses what cannot be transformed
         if self.moments == "rotate":
             for _, layer in self._loqt_layers():
                 edit_state(optimizer, layer.factor, functools.partial(_check_rotatable, layer.rank))
@@ -196,6 +196,7 @@ class LoQT(WeightRecipe):
             when=GrowingGap(self.first_gap, self.growth),
             state=Keep(),
             moments=self.moments,
+            steps=steps,
         )
         for name, module in chosen.items():
             layer = LoQTLinear(

@@ -187,15 +187,15 @@ class LoQTLinear(LowRankLayer):
         short, rank = self.basis_spec.shape
         return short, self.factor.shape[1] if self.exact else rank
 
-    def arm(self, key: Tensor) -> None:
-        """Let the backward passes of a step leave a sketch of their gradient, or the whole of it."""
+    def arm(self, key: Tensor | None) -> None:
+        """Let the backward passes of a step leave a sketch of their gradient, or the whole of it; None: nothing."""
         self._key, self._sum = key, Sum()
-        self._leaf = empty_leaf(*self._sketch_shape, self.factor, self._sum)
+        self._leaf = None if key is None else empty_leaf(*self._sketch_shape, self.factor, self._sum)
 
     def take_sketch(self) -> Tensor:
         """What they have left (shorter side, r or longer side), in float32; zeros where there was no backward pass."""
-        Y, self._key, self._leaf = self._sum.value, None, None
-        self._sum = Sum()
+        Y = self._sum.value
+        self.arm(None)
         return self.factor.new_zeros(self._sketch_shape, dtype=torch.float32) if Y is None else widened(Y)
 
     @torch.no_grad()

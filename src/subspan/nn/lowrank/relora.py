@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -165,10 +166,15 @@ class ReLoRA(WeightRecipe):
             ValueError: ``steps`` is needed and not there, or a cycle is shorter than its re-warming.
         """
         start = self._adapters_from(steps)
+        if steps is not None and start >= steps:
+            raise ValueError(
+                f"full_rank_steps is {start}, but the run has {steps} steps: make it fewer, or nothing is left for the "
+                "factors"
+            )
         period = self.restart_every
         if period is None:
             whole = _needed(steps, "restart_every")
-            period = max(1, whole // 4 if self.lazy is None else whole - start)
+            period = max(1, math.ceil(whole / 4) if self.lazy is None else whole - start)
         # The switch to the factors is a restart too.
         when = Every(period, start - period if start else 0)
         rewarm = min(max(10, period // 50), period // 2) if self.rewarm is None else self.rewarm
@@ -176,7 +182,8 @@ class ReLoRA(WeightRecipe):
             raise ValueError(
                 f"rewarm is {rewarm}, a cycle has {period} steps: make cycles longer than their re-warming"
             )
-        return {"when": when, "state": self._transform(), "rewarm": Rewarm(rewarm), "rounding": self.rounding}
+        settings: dict[str, Any] = {"rounding": self.rounding, "steps": steps}
+        return {"when": when, "state": self._transform(), "rewarm": Rewarm(rewarm), **settings}
 
     def _adapters_from(self, steps: int | None) -> int:
         if self.lazy is None:

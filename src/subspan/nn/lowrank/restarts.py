@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from subspan.nn.lowrank.state_transform import Pruned, ResetState, StateTransform, transform_state
+from subspan.nn.lowrank.state_transform import Keep, Pruned, ResetState, StateTransform, transform_state
 from subspan.nn.lowrank.weights import LowRankWeights, Rate
 
 __all__ = ["Every", "GrowingGap", "Never", "Restartable", "Restarts", "Rewarm", "When"]
@@ -176,6 +176,7 @@ class Restarts(LowRankWeights):
         state: what becomes of the factors' optimizer state.
         rewarm: what becomes of the learning rate.
         rounding: of the frozen weights, ``nearest`` or ``stochastic``.
+        steps: of the whole run, where they are known: none follows the last one, after which nothing would be learnt.
 
     Raises:
         ValueError: an unknown rounding.
@@ -191,27 +192,35 @@ class Restarts(LowRankWeights):
         state: StateTransform | None = None,
         rewarm: Rewarm | None = None,
         rounding: Literal["nearest", "stochastic"] = "nearest",
+        steps: int | None = None,
     ) -> None:
         if rounding not in ("nearest", "stochastic"):
             raise ValueError(f"rounding={rounding!r}: choose 'nearest' or 'stochastic'")
         super().__init__(model, dict(layers), seed)
-        self.when, self.rounding = when, rounding
+        self.when, self.rounding, self.steps = when, rounding, steps
         self.state, self.rewarm = state or ResetState(), rewarm or Rewarm()
 
     def rate(self, step: int, schedule: Rate) -> float:
         """The schedule's rate, re-warmed after each restart."""
         return self.rewarm.rate(step, schedule, self.when)
 
+    def due(self, step: int) -> bool:
+        """Whether there is a restart after step ``step``, the first one being 0."""
+        return self.when.due(step + 1) and step + 1 != self.steps
+
     def end_step(self, step: int, optimizer: torch.optim.Optimizer) -> list[str]:
         """Restart all layers where it is due.
 
         Raises:
-            ValueError: a factor that is not in the optimizer.
+            ValueError: a factor that is not in the optimizer, or whose state cannot be transformed.
+            RuntimeError: a factor that `fully_shard` has divided.
         """
-        if not self.when.due(step + 1):
+        if not self.due(step):
+            if step == (self.when.last(step) or 0):  # what the end of the cycle would refuse is refused at its start
+                self.transform(step, optimizer, Keep())
             return []
         self.restart(step)
-        zeroed, total = self.transform(step, optimizer)
+        zeroed, total = self.transform(step, optimizer, self.state)
         share = f"{100 * zeroed / total:.1f} % of the optimizer state pruned" if total else "no optimizer state yet"
         return [f"restart {self.when.count(step + 1)}: {len(self.layers)} layers merged, {share}"]
 
@@ -225,13 +234,13 @@ class Restarts(LowRankWeights):
             layer.merge_(key)
             layer.reset_(self.generator(name, step))
 
-    def transform(self, step: int, optimizer: torch.optim.Optimizer) -> Pruned:
+    def transform(self, step: int, optimizer: torch.optim.Optimizer, state: StateTransform) -> Pruned:
         """Transform the optimizer state of all factors."""
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         zeroed = total = 0
         for name, factor in self.factors().items():
             if id(factor) not in held and factor.requires_grad:
                 raise ValueError(f"{name} is trained, but it is not in the optimizer; build the optimizer afterwards")
-            pruned = transform_state(optimizer, factor, self.state, self.generator(f"{name}.state", step))
+            pruned = transform_state(optimizer, factor, state, self.generator(f"{name}.state", step))
             zeroed, total = zeroed + pruned.zeroed, total + pruned.total
         return Pruned(zeroed, total)
