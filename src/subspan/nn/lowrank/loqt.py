@@ -62,14 +62,13 @@ class _LoQTRestarts(Restarts):
         if self.moments == "rotate":
             for _, layer in self._loqt_layers():
                 edit_state(optimizer, layer.factor, functools.partial(_check_rotatable, layer.rank))
-        sketches = {name: layer.take_sketch() for name, layer in self._loqt_layers()}
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            for Y in sketches.values():  # the order of the layers is the same everywhere
-                dist.all_reduce(Y)
-        norms = torch.stack([torch.linalg.vector_norm(Y) for Y in sketches.values()]).tolist()
+        together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         errors, kept = [], []
-        for (name, layer), norm in zip(self._loqt_layers(), norms, strict=True):
-            Y = sketches.pop(name)
+        for name, layer in self._loqt_layers():  # in the same order in all processes
+            Y = layer.take_sketch()
+            if together:
+                dist.all_reduce(Y)
+            norm = float(torch.linalg.vector_norm(Y))
             if not (norm and math.isfinite(norm)):
                 kept.append(name)
                 continue
