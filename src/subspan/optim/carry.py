@@ -36,8 +36,9 @@ def carried(
 
     - **The same shapes**: copied.
     - **Dense to low rank**: the subspace is found from the first moment, as from a gradient, M <- QᵀM, and
-      V <- max((Q∘Q)ᵀV, (QᵀM)²). The first is the second moment of QᵀG for entries of G without correlation; the second
-      is the least that it can be, and what keeps the next step from being too large where the entries point one way.
+      V <- max((Q∘Q)ᵀV, (1−β2ᵗ)/(1−β1ᵗ)²·(QᵀM)²). The first is the second moment of QᵀG for entries of G without
+      correlation; the second is what it is for one gradient that has not changed in t steps, and keeps the next step
+      from being too large where the entries point one way. (QᵀM)² itself would be far too large for young moments.
     - **Another rank**, with a stored orthonormal basis: leading directions stay. New ones are drawn at random,
       orthogonal to those there; their first moments are zero, their second ones the mean of the weakest row that stays.
     - **Anything else** (another side, subspaces that cannot be compared, low rank to dense) starts anew, with a warning
@@ -121,7 +122,7 @@ class _Carrier:
         settings: Group,
         drawn_alike: bool,
     ) -> None:
-        self.drawn_alike = drawn_alike
+        self.drawn_alike, self.settings = drawn_alike, settings
         self.optimizer, self.method = optimizer, optimizer.method
         self.name, self.parameter, self.group = name, parameter, group
         self.geometry = optimizer._geometry(name, parameter, group, {})
@@ -239,9 +240,19 @@ class _Carrier:
         squared = Linear(found["basis"].square()) if "basis" in found else projection
         R = projection.project(matrices[first])
         for key, moment in moments.items():
-            tensors[key] = R if moment == 1 else torch.maximum(squared.project(matrices[key]), R.square())
+            if moment == 1:
+                tensors[key] = R
+            else:
+                least = self._least_second_moment() * R.square()
+                tensors[key] = torch.maximum(squared.project(matrices[key]), least)
         tensors |= {key: X for key, X in found.items() if key in specs}
         return self._close(specs, tensors, refreshed=True)
+
+    def _least_second_moment(self) -> float:
+        """V/M² of a gradient that has been the same in all steps so far."""
+        beta1, beta2 = self.settings.get("betas", self.group["betas"])
+        step = max(1, int(self.old["step"]))
+        return float((1 - beta2**step) / (1 - beta1**step) ** 2)
 
     def _resized(self, specs: Mapping[str, StateSpec]) -> State | None:
         """Another rank in the same coordinates, of which leading ones stay."""
