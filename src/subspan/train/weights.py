@@ -223,6 +223,8 @@ def weight_groups(model: nn.Module, config: PretrainConfig) -> list[dict[str, An
     owned = {parameter for parameter in _factors(model).values()}
     # Frozen weights that are trained: beside their factors, or for a while in their place.
     dense = {getattr(layer, "weight", None) for _, layer in low_rank_layers(model)}
+    # One a head, where heads are parallel.
+    biases = {layer.bias for _, layer in low_rank_layers(model)}
     kinds: dict[str, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if parameter in owned:
@@ -233,7 +235,7 @@ def weight_groups(model: nn.Module, config: PretrainConfig) -> list[dict[str, An
         elif parameter in dense:
             kind = "merged"
         else:
-            kind = "others" if parameter.ndim >= 2 else "vectors"
+            kind = "others" if parameter.ndim >= 2 and parameter not in biases else "vectors"
         kinds.setdefault(kind, []).append((canonical_name(name), parameter))
     if config.project is not None:
         _check_projected(kinds, config)
