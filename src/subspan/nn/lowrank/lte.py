@@ -242,14 +242,19 @@ class LTE(MultiHeadLoRA):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {' or '.join(allowed)}.")
 
-    def check_run(self, *, processes: int, steps: int, eval_every: int) -> None:
-        """Processes share the heads evenly, and are one model when it is evaluated: after a merge."""
-        if processes == 1:
-            return
+    def check_run(self, *, processes: int, batch_size: int, steps: int, eval_every: int) -> None:
+        """Processes share the heads evenly, heads the batch, and are one model when it is evaluated: after a merge."""
         if self.heads % processes:
             raise ValueError(
                 f"{processes} processes cannot share {self.heads} heads evenly: give a multiple of {processes}"
             )
+        if batch_size % (own := self.heads // processes):
+            raise ValueError(
+                f"batch_size is {batch_size}, which {own} parallel heads cannot divide evenly: give a multiple of "
+                f"{own}."
+            )
+        if processes == 1:
+            return
         for name, value in (("steps", steps), ("eval_every", eval_every)):
             if value % self.merge_every:
                 raise ValueError(
