@@ -88,6 +88,48 @@ def test_gradients_are_those_of_the_formula(make) -> None:
         assert torch.allclose(layer.lora_B.grad, B[k].grad, atol=1e-6), k
 
 
+class Tied(nn.Module):
+    """Two embeddings and a head with one matrix."""
+
+    def __init__(self, kind: type[nn.Embedding] = nn.Embedding) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.source, self.target = nn.Embedding(48, 16), kind(48, 16)
+        self.middle, self.head = nn.Linear(16, 16), nn.Linear(16, 48, bias=False)
+        self.source.weight = self.target.weight = self.head.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.middle(self.source(ids) - self.target(ids.flip(1)))))
+
+
+class ScaledEmbedding(nn.Embedding):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 4.0 * super().forward(input)
+
+
+@pytest.mark.parametrize("name", ["mhlora", "lte"])
+def test_all_that_is_tied_to_a_layer_stays_so(name: str) -> None:
+    model, x = Tied(), tokens()
+    weights = weight_recipe(name, heads=2, rank=2, alpha=4).apply(model, target_modules="logit")
+    stir(model)
+    before = model.eval()(x)
+    D = (weights.layers["head"].effective_weight() - model.head.weight).abs().max()
+    weights.merge()
+    assert D > 1e-2 and torch.allclose(model(x), before, atol=1e-5)
+    assert model.source.weight is model.target.weight is model.head.weight
+
+
+def test_ties_that_would_be_lost_are_refused() -> None:
+    for name in ("mhlora", "lte"):
+        with pytest.raises(ValueError, match=r"head.weight is tied to target.weight, which cannot be given up"):
+            weight_recipe(name, heads=2, rank=2).apply(Tied(ScaledEmbedding), target_modules="logit")
+        model = Tied()
+        model.again = nn.Linear(16, 16)
+        model.again.weight = model.middle.weight
+        with pytest.raises(ValueError, match=r"middle.weight is tied to again.weight"):
+            weight_recipe(name, heads=2, rank=2).apply(model, target_modules=["middle"])
+
+
 def test_the_draws_depend_on_seed_and_name_alone() -> None:
     one, other, third = llama(), llama(), llama()
     weight_recipe("mhlora", heads=2, rank=4).apply(one, seed=3)
@@ -128,6 +170,17 @@ def test_amp_and_bfloat16() -> None:
     half(input_ids=x, labels=x).loss.backward()
     weights.merge()
     assert half.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
+def test_a_single_row_and_float64() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    before = model(x)
+    for name in ("mhlora", "lte"):
+        low = copy.deepcopy(model)
+        weight_recipe(name, heads=3, rank=2).apply(low)
+        assert torch.allclose(low(x), before, atol=1e-12)
+        assert torch.allclose(low.eval()(x[1]), before[1], atol=1e-12)
 
 
 def test_bad_settings_are_named() -> None:

@@ -173,6 +173,70 @@ def test_after_a_merge_every_head_has_the_same_weight(make, reset: bool, others:
         assert model.lm_head.weight is model.get_input_embeddings().weight
 
 
+def test_moments_begin_anew_in_place_after_a_reset() -> None:
+    weights = LTE(heads=4, rank=3, alpha=6, merge_every=3, reset=True).apply(Net(), target_modules=TARGETS)
+    optimizer = optimizer_of(weights)
+    train(weights, optimizer, range(2))
+    held = optimizer.state_bytes()
+    train(weights, optimizer, range(2, 3))
+    assert optimizer.state_bytes() == held == optimizer.planned_state_bytes()
+    for factor in weights.factors().values():
+        state = optimizer.state[factor]
+        assert all(not value.any() for value in state.values() if isinstance(value, Tensor))
+
+
+class Tables(nn.Module):
+    """Positions without a place for the sequences, a module called by name, and one with several results."""
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain, self.act = nn.Parameter(torch.linspace(0.5, 1.5, 12)), nn.Tanh()
+
+        def forward(self, x: Tensor, *, shift: Tensor) -> tuple[Tensor, Tensor]:
+            return self.gain * self.act(x), self.gain * shift
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.tokens, self.places = nn.Embedding(20, 12), nn.Embedding(9, 12)
+        self.layer, self.pair = nn.Linear(12, 12), Tables.Pair()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.layer(self.tokens(ids) + self.places(torch.arange(ids.shape[1])))
+        left, right = self.pair(x.flatten(0, 1), shift=x.flatten(0, 1))
+        return (left - right).view(x.shape)
+
+
+def test_copies_of_modules_that_are_called_in_other_ways() -> None:
+    ids = torch.arange(24).remainder(20).view(8, 3)
+    whole = Tables()
+    expected = whole(ids)
+    weights = LTE(heads=4, rank=2, alpha=2, merge_every=1).apply(Tables())
+    assert torch.allclose(weights.model(ids), expected, atol=1e-6)
+    expected.square().mean().backward()
+    weights.model(ids).square().mean().backward()
+    for name in ("places.weight", "pair.gain"):
+        module, _, child = name.partition(".")
+        copies = weights.model.get_submodule(module).copies.values()
+        parts = [getattr(copy, child).grad for copy in copies]
+        assert not torch.equal(parts[0], parts[1])
+        assert torch.allclose(sum(parts), whole.get_parameter(name).grad, atol=1e-6), name
+    with pytest.raises(RuntimeError, match="given 8 numbers, of 8 sequences or of as many positions"):
+        weights.model(torch.zeros(8, 8, dtype=torch.int64))
+
+
+def test_running_means_of_copies_are_averaged() -> None:
+    model = nn.Sequential(nn.Linear(10, 6), nn.BatchNorm1d(6), nn.Linear(6, 4))
+    weights = LTE(heads=4, rank=2, merge_every=1).apply(model, target_modules=["0"])
+    model(data(0, 16))
+    copies = list(model[1].copies.values())
+    mean = sum(copy.running_mean for copy in copies) / 4
+    assert not torch.allclose(copies[0].running_mean, mean)
+    weights.end_step(0, optimizer_of(weights))
+    assert all(torch.allclose(copy.running_mean, mean) for copy in copies)
+
+
 def test_a_run_that_is_stopped_between_merges_continues_bit_by_bit() -> None:
     def fresh() -> tuple[Any, Any]:
         weights = LTE(heads=4, rank=3, alpha=6, merge_every=3, reset=True).apply(Net(), target_modules=TARGETS)

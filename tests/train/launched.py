@@ -28,6 +28,13 @@ STREAM = {"grad_accumulation": 2}
 HEADS: dict[str, Any] = {
     "weights": "mhlora", "weight_settings": {"rank": 4, "heads": 2, "alpha": 8.0}, "rank": None, "optimizer": {},
 }  # fmt: skip
+#: Parallel heads, which the processes share; a checkpoint in the middle of a cycle, evaluations after merges.
+PARALLEL: dict[str, Any] = {
+    "weights": "lte", "weight_settings": {"rank": 4, "heads": 4, "alpha": 8.0, "merge_every": 4, "reset": True},
+    "rank": None, "optimizer": {}, "lr": 3e-3, "save_every": 6, "batch_size": 4, "eval_batches": 4,
+}  # fmt: skip
+#: Of one process, whose batches are those of two.
+PARALLEL_ALONE = {"batch_size": 8, "eval_batches": 2}
 #: Ways to share the work, each with the run of one process that it has to follow.
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "projected": ({"max_grad_norm": 0.0}, {"max_grad_norm": 0.0, "grad_accumulation": 2}),
@@ -125,6 +132,16 @@ def main(folder: Path) -> None:
     run(folder, output=str(folder / "bases-cut"), shard="bases", resume="auto")
 
     with pytest.MonkeyPatch.context() as patch:
+        record_bytes(patch, answers.setdefault("memory", {}).setdefault("parallel", []))
+        run(folder, output=str(folder / "parallel"), **PARALLEL)
+    for name in ("parallel-cut", "parallel-fewer"):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            stop_after(patch, 7)
+            run(folder, output=str(folder / name), **PARALLEL)
+    run(folder, output=str(folder / "parallel-cut"), resume="auto", **PARALLEL)
+    run(folder, output=str(folder / "parallel-more"), resume="auto", **PARALLEL | PARALLEL_ALONE)
+
+    with pytest.MonkeyPatch.context() as patch:
         poison(patch, range(5, 7))
         run(folder, output=str(folder / "poisoned"), optimizer={"update_proj_gap": 5})
     with pytest.MonkeyPatch.context() as patch:
@@ -156,10 +173,14 @@ def prepare(folder: Path) -> None:
     shutil.copy(folder / "text.jsonl", folder / "set" / "train.jsonl")
     model = json.loads((folder / "model.json").read_text())
     (folder / "dropout.json").write_text(json.dumps(model | {"attention_dropout": 0.2}))
-    for name, changes in (("more", {"batch_size": 8}), ("odd", {"batch_size": 3})):
+    alone: dict[str, dict[str, Any]] = {
+        "more": UNEVEN | {"batch_size": 8}, "odd": UNEVEN | {"batch_size": 3},
+        "parallel-more": PARALLEL | PARALLEL_ALONE
+    }  # fmt: skip
+    for name, changes in alone.items():
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             stop_after(patch, 7)
-            run(folder, output=str(folder / name), **UNEVEN | changes)
+            run(folder, output=str(folder / name), **changes)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,10 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from subspan.train.low_rank_files import merge_run
 from tests.train import launched
 from tests.train.micro import metrics, repeatable, run, settings
 
@@ -188,6 +191,25 @@ def test_a_run_continues_on_another_number_of_processes(folder: Path, alone: Pat
     assert_close(folder / "bases-fewer", folder / "bases")
     # Afterwards the settings are those that it was started with.
     assert "batch_size: 4\ngrad_accumulation: 1\n" in (folder / "fewer" / "config.yaml").read_text()
+
+
+def test_processes_with_heads_of_their_own(folder: Path, answers: list[dict[str, Any]]) -> None:
+    run(folder, output=str(folder / "parallel-alone"), **launched.PARALLEL | launched.PARALLEL_ALONE)
+    assert_close(folder / "parallel", folder / "parallel-alone")
+    assert repeatable(folder / "parallel") == repeatable(folder / "parallel-cut")
+    planned, measured = answers[0]["memory"]["parallel"]
+    assert planned == measured
+    # From one process to two, and from two to one, whose passes deal the sequences out to other heads.
+    assert_close(folder / "parallel-more", folder / "parallel-alone")
+    run(folder, output=str(folder / "parallel-fewer"), resume="auto", **launched.PARALLEL)
+    found, expected = (losses(folder / name) for name in ("parallel-fewer", "parallel"))
+    assert [line[2] for line in found] == pytest.approx([line[2] for line in expected], rel=0.02)
+
+    merged = [merge_run(folder / name).output for name in ("parallel", "parallel-alone")]
+    ids = torch.arange(24).remainder(300).view(2, 12)
+    with torch.no_grad():
+        first, second = (AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in merged)
+    assert torch.allclose(first, second, atol=1e-4)
 
 
 def test_sequences_that_cannot_be_shared(answers: list[dict[str, Any]]) -> None:

@@ -284,6 +284,14 @@ def test_groups(tmp_path: Path) -> None:
     }
 
 
+def test_biases_of_parallel_heads_are_vectors(tmp_path: Path) -> None:
+    write_model(tmp_path, num_hidden_layers=1, attention_bias=True)
+    *_, optimizer = built(tmp_path, weights="lte", weight_settings=small("lte"), weight_decay=0.1)
+    decayed = {row.name for row in optimizer.rows() if row.weight_decay}
+    assert not [name for name in decayed if name.endswith("bias")]
+    assert any(name.endswith("lora_A") for name in decayed)
+
+
 def test_a_head_that_is_tied_is_merged(tmp_path: Path) -> None:
     write_model(tmp_path, num_hidden_layers=1, tie_word_embeddings=True)
     run(tmp_path, **low_rank("mhlora", steps=2, target_modules="attention+logit"))
@@ -366,12 +374,23 @@ def test_a_killed_run_of_which_only_the_summary_is_missing(tmp_path: Path, monke
         ({"weights": "mhlora", "shard": "full"}, "cannot be divided over processes"),
         ({"adapter": "lora", "chunked_loss": True}, "chunked_loss is True"),
         ({"adapter": "boft", "measure_memory": True}, "leave measure_memory out"),
+        ({"weights": "lte", "batch_size": 6}, "batch_size is 6, which 4 parallel heads cannot divide evenly"),
         ({"project": "none"}, "project is 'none'; it must be factors, others or merged"),
     ],
 )
 def test_settings_that_make_no_sense(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_settings(PretrainConfig(**given), 2 if given.get("shard") else 1)
+
+
+def test_what_several_processes_with_heads_of_their_own_refuse() -> None:
+    given = {"weights": "lte", "batch_size": 4, "weight_settings": {"heads": 4, "merge_every": 10}}
+    given |= {"steps": 100, "eval_every": 50, "method": "galore", "project": "others", "rank": 4}
+    check_settings(PretrainConfig(**given), 2)
+    with pytest.raises(ValueError, match="rank_policy is 'tolerance', which gives copies"):
+        check_settings(PretrainConfig(**given, optimizer={"rank_policy": "tolerance"}), 2)
+    with pytest.raises(ValueError, match="processes share parallel heads: plan one of them"):
+        plan_recipe(PlanSettings(model="llama_9m", weights="lte", batch_size=4, world_size=2))
 
 
 @pytest.mark.parametrize(

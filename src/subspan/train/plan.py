@@ -104,6 +104,11 @@ def plan_recipe(settings: PlanSettings) -> Recipe:
         check_settings(config, settings.world_size)
     elif settings.shard != "none":
         raise ValueError(f"shard is {settings.shard!r}, but {settings.method!r}: {_WHOLE}; leave shard out.")
+    if settings.weights == "lte" and settings.world_size > 1:
+        raise ValueError(
+            f"world_size is {settings.world_size}, but processes share parallel heads: plan one of them with its share "
+            "of --weight_settings.heads, and leave world_size out."
+        )
     config = dataclasses.replace(config, shard="none")  # what is divided, is divided here
     with torch.device("meta"):
         model: Any = skeleton(

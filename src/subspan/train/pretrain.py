@@ -268,7 +268,7 @@ def build_trainer(
     if config.low_rank and weights is None:
         raise ValueError(f"the run has weights of low rank, which are not looked at here: {MERGE_FIRST}.")
     batch_size, grad_accumulation = shared_batch(config, folder.processes, processes.size)
-    if grad_accumulation != config.grad_accumulation:
+    if (batch_size, grad_accumulation) != (config.batch_size, config.grad_accumulation):
         check_settings(dataclasses.replace(config, batch_size=batch_size, grad_accumulation=grad_accumulation))
     progress = folder.progress()
     streamed = isinstance(data.train, StreamedDataset)

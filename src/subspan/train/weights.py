@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from subspan.nn.lowrank import (
+    LTE,
     LowRankWeights,
     PeriodicLoRA,
     ReLoRA,
@@ -68,7 +69,14 @@ def check_weights(config: PretrainConfig, processes: int) -> None:
             )
         if processes > 1 and not kind.ddp:
             raise ValueError(f"weights {config.weights!r} cannot be trained by several processes: start one.")
-        kind(**recipe).check_run(processes=processes, steps=config.steps, eval_every=config.eval_every)
+        kind(**recipe).check_run(
+            processes=processes, batch_size=config.batch_size, steps=config.steps, eval_every=config.eval_every
+        )
+        if processes > 1 and issubclass(kind, LTE) and config.optimizer.get("rank_policy") == "tolerance":
+            raise ValueError(
+                "optimizer.rank_policy is 'tolerance', which gives copies in several processes ranks of their own, so "
+                "that they cannot be saved together: leave it out, or start one process."
+            )
     if config.adapter is not None:
         check_adapter(config.adapter, config.adapter_settings)
         if config.measure_memory and config.adapter in UNPLANNED:
@@ -223,6 +231,8 @@ def weight_groups(model: nn.Module, config: PretrainConfig) -> list[dict[str, An
     owned = {parameter for parameter in _factors(model).values()}
     # Frozen weights that are trained: beside their factors, or for a while in their place.
     dense = {getattr(layer, "weight", None) for _, layer in low_rank_layers(model)}
+    # One a head, where heads are parallel.
+    biases = {layer.bias for _, layer in low_rank_layers(model)}
     kinds: dict[str, list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if parameter in owned:
@@ -233,7 +243,7 @@ def weight_groups(model: nn.Module, config: PretrainConfig) -> list[dict[str, An
         elif parameter in dense:
             kind = "merged"
         else:
-            kind = "others" if parameter.ndim >= 2 else "vectors"
+            kind = "others" if parameter.ndim >= 2 and parameter not in biases else "vectors"
         kinds.setdefault(kind, []).append((canonical_name(name), parameter))
     if config.project is not None:
         _check_projected(kinds, config)

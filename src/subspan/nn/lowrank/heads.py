@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from subspan.linalg import orthonormalize
 from subspan.nn.lowrank.layer import LowRankLayer, replace_module
-from subspan.nn.lowrank.select import select_layers
+from subspan.nn.lowrank.select import check_untied, select_layers
 from subspan.nn.lowrank.weights import LowRankWeights, WeightRecipe
 
 __all__ = ["HeadsEmbedding", "HeadsLinear", "HeadsWeights", "MultiHeadLoRA"]
@@ -38,7 +38,7 @@ class HeadsLinear(LowRankLayer):
         self.weight = layer.weight  # type: ignore[assignment]
         self.weight.requires_grad_(False)
         self.heads, self.rank, self.scale = heads, rank, scale
-        dtype = torch.bfloat16 if self.weight.dtype == torch.bfloat16 else torch.float32
+        dtype = torch.float32 if self.weight.dtype == torch.float16 else self.weight.dtype
         device = self.weight.device
         self.lora_A = nn.Parameter(torch.empty(heads, rank, self.in_features, device=device, dtype=dtype))
         self.lora_B = nn.Parameter(torch.zeros(heads, rank, self.out_features, device=device, dtype=dtype))
@@ -78,9 +78,8 @@ class HeadsLinear(LowRankLayer):
     def _sum(self, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
         """xWᵀ + b + (s/N)·xAᵀB with A (k, in) and B (k, out)."""
         y = nn.functional.linear(x, self.W, bias)
-        low_rank = torch.addmm(
-            y.flatten(0, -2), nn.functional.linear(x, A).flatten(0, -2), B.to(y.dtype), alpha=self.scale / self.heads
-        )
+        rows, H = (t.reshape(-1, t.shape[-1]) for t in (y, nn.functional.linear(x, A)))
+        low_rank = torch.addmm(rows, H, B.to(y.dtype), alpha=self.scale / self.heads)
         return low_rank.view(y.shape)
 
     def embed(self, ids: Tensor, embedding: nn.Embedding) -> Tensor:
@@ -214,17 +213,23 @@ class MultiHeadLoRA(WeightRecipe):
 
         Returns:
             The layers by name, and the names of the embeddings with those of their layers.
+
+        Raises:
+            ValueError: a matrix that is tied to more than embeddings that only look up its rows.
         """
-        tied: dict[Any, tuple[str, nn.Embedding]] = {
-            module.weight: (name, module) for name, module in model.named_modules() if isinstance(module, nn.Embedding)
-        }
+        tied: dict[Any, list[tuple[str, nn.Embedding]]] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            # What does more than look up, such as scaling its rows, would be lost.
+            if type(module) is nn.Embedding and module.max_norm is None:
+                tied.setdefault(module.weight, []).append((name, module))
+        names = [name for same in tied.values() for name, _ in same]
+        check_untied(model, chosen, allowed=[f"{name}.weight" for name in names])
         layers: dict[str, LowRankLayer] = {}
         embeddings = {}
         for name, module in chosen.items():
-            embedding = tied.get(module.weight)
             layers[name] = layer = make(module)
             replace_module(model, name, layer)
-            if embedding is not None:
-                embeddings[embedding[0]] = name
-                replace_module(model, embedding[0], HeadsEmbedding(embedding[1], layer))
+            for other, embedding in tied.get(module.weight, ()):
+                embeddings[other] = name
+                replace_module(model, other, HeadsEmbedding(embedding, layer))
         return layers, embeddings

@@ -17,6 +17,7 @@ from subspan.nn.lowrank.layer import add_product_, replace_module
 from subspan.nn.lowrank.parallel import ParallelHeadsLinear
 from subspan.nn.lowrank.replicas import Batch, Replicas, replicate
 from subspan.nn.lowrank.select import select_layers
+from subspan.nn.lowrank.state_transform import ResetState, transform_state
 
 __all__ = ["LTE", "LTEWeights"]
 
@@ -148,13 +149,12 @@ class LTEWeights(HeadsWeights):
             key = None
             if self.recipe.rounding == "stochastic":
                 key = torch.randint(1 << 62, (), generator=self.generator(f"{name}.weight", step))
-            L, R = layer.news()
-            L, R = self.batch.gather(L), self.batch.gather(R)
+            L, R = layer.news_of_all()
             add_product_(layer.W, L.mT, R, alpha=layer.scale / self.batch.total, key=key)
             if self.recipe.reset:
                 layer.reset_(self.generator(name, step))
                 for parameter in layer.factors().values():
-                    optimizer.state.pop(parameter, None)
+                    transform_state(optimizer, parameter, ResetState(), self.generator(name, step))
             layer.remember()
             if biases := layer.own_biases():
                 cast(Tensor, layer.bias).copy_(self.batch.mean(biases))
@@ -162,7 +162,7 @@ class LTEWeights(HeadsWeights):
             replicas.average_()
 
     def merge(self) -> list[str]:
-        """Turn the model into an ordinary one that computes what this one does in evaluation."""
+        """Turn the model into an ordinary one, that of the mean of all heads; every process calls it."""
         names = super().merge()
         self._hook.remove()
         for name, replicas in self.replicas.items():
@@ -242,14 +242,19 @@ class LTE(MultiHeadLoRA):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {' or '.join(allowed)}.")
 
-    def check_run(self, *, processes: int, steps: int, eval_every: int) -> None:
-        """Processes share the heads evenly, and are one model when it is evaluated: after a merge."""
-        if processes == 1:
-            return
+    def check_run(self, *, processes: int, batch_size: int, steps: int, eval_every: int) -> None:
+        """Processes share the heads evenly, heads the batch, and are one model when it is evaluated: after a merge."""
         if self.heads % processes:
             raise ValueError(
                 f"{processes} processes cannot share {self.heads} heads evenly: give a multiple of {processes}"
             )
+        if batch_size % (own := self.heads // processes):
+            raise ValueError(
+                f"batch_size is {batch_size}, which {own} parallel heads cannot divide evenly: give a multiple of "
+                f"{own}."
+            )
+        if processes == 1:
+            return
         for name, value in (("steps", steps), ("eval_every", eval_every)):
             if value % self.merge_every:
                 raise ValueError(

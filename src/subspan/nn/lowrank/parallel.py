@@ -60,15 +60,20 @@ class ParallelHeadsLinear(HeadsLinear):
         A, B = _stacked(self.lora_A, self.lora_B, self.merged_A, self.merged_B)
         return B.flatten(0, 1), A.flatten(0, 1)
 
-    def effective_weight(self) -> Tensor:
-        """W and the mean of what the heads have found since the last merge."""
+    def news_of_all(self) -> tuple[Tensor, Tensor]:
+        """The same with the heads of all processes, each of which calls it."""
         L, R = self.news()
-        return torch.addmm(self.W.float(), L.float().mT, R.float(), alpha=self.scale / self.heads)
+        return self.batch.gather(L), self.batch.gather(R)
+
+    def effective_weight(self) -> Tensor:
+        """W and the mean of what all heads have found since the last merge; every process calls it."""
+        L, R = self.news_of_all()
+        return torch.addmm(self.W.float(), L.float().mT, R.float(), alpha=self.scale / self.batch.total)
 
     def dense(self) -> nn.Module:
         layer: Any = super().dense()
         if biases := self.own_biases():
-            layer.bias = nn.Parameter(mean(biases, len(biases)))
+            layer.bias = nn.Parameter(self.batch.mean(biases))
         return layer  # type: ignore[no-any-return]
 
     def embed(self, ids: Tensor, embedding: nn.Embedding) -> Tensor:

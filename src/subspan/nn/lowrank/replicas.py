@@ -74,9 +74,18 @@ class Batch:
                 f"multiple of {self.heads}"
             )
 
-    def divides(self, x: Tensor) -> bool:
-        """Whether a tensor of a forward pass has the sequences of the batch, or all of their tokens, in its rows."""
-        return x.ndim > 0 and x.shape[0] in (self.sequences, self.sequences * self.length)
+    def is_for_all(self, x: Tensor) -> bool:
+        """Whether a tensor is the same for all sequences: a single row for them, or positions without them.
+
+        Raises:
+            RuntimeError: it may be both, a number for each sequence or one for each position.
+        """
+        if x.ndim == 1 and x.shape[0] == self.length == self.sequences > 1:
+            raise RuntimeError(
+                f"a module with a copy for each parallel head was given {self.length} numbers, of {self.sequences} "
+                "sequences or of as many positions: give another batch size, or others='shared'"
+            )
+        return self.sequences > 1 and (x.shape[0] == 1 or (x.ndim == 1 and x.shape[0] == self.length))
 
     def check(self, x: Tensor) -> None:
         """Refuse a tensor whose rows do not tell which head they belong to.
@@ -84,11 +93,12 @@ class Batch:
         Raises:
             RuntimeError: other rows than the batch has, such as those that a mixture of experts chooses.
         """
-        if not self.divides(x):
+        if x.shape[0] not in (self.sequences, self.sequences * self.length):
             raise RuntimeError(
-                f"a layer with parallel heads was given {x.shape[0]} rows of a batch of {self.sequences} sequences of "
-                f"{self.length} tokens, so that it is not known which head each belongs to: leave it out of "
-                "target_modules (experts cannot have parallel heads)"
+                f"a module with parallel heads, or with a copy for each of them, was given {x.shape[0]} rows of a "
+                f"batch of {self.sequences} sequences of {self.length} tokens, so that it is not known which head each "
+                "belongs to: leave it out of target_modules (experts cannot have parallel heads), or give "
+                "others='shared' where it has none"
             )
 
 
@@ -118,38 +128,54 @@ class Replicas(nn.Module):
         self.copies = nn.ModuleDict({str(batch.first + number): module for number, module in enumerate(copies)})
         self.batch = batch
 
-    def forward(self, *args: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call each copy with its share."""
+        copies = list(self.copies.values())
         if not self.training:
-            here = {name: mean(same, len(same)) for name, same in self._parameters_by_name()}
-            return torch.func.functional_call(next(iter(self.copies.values())), here, args)
+            here = {name: mean(same, len(same)) for name, same in self._tensors_by_name()}
+            return torch.func.functional_call(copies[0], here, args, kwargs)
+        if len(copies) == 1:
+            return copies[0](*args, **kwargs)
         shares = [self._divided(x) for x in args]
-        whole = all(len({id(part) for part in parts}) == 1 for parts in shares)
+        named = {key: self._divided(x) for key, x in kwargs.items()}
         results = []
-        for number, module in enumerate(self.copies.values()):
-            result = module(*(parts[number] for parts in shares))
-            if whole:  # the same for all sequences, such as embeddings of positions
-                result = result.expand(self.batch.sequences // len(self.copies), *result.shape[1:])
-            results.append(result)
-        return torch.cat(results)
+        for number, module in enumerate(copies):
+            own = {key: parts[number] for key, parts in named.items()}
+            results.append(module(*(parts[number] for parts in shares), **own))
+        if all(parts[0] is parts[1] for parts in (*shares, *named.values())):
+            # The same for all sequences, such as embeddings of positions: of one sequence, or without a place for it.
+            flat = any(isinstance(x, Tensor) and x.ndim == 1 for x in (*args, *kwargs.values()))
+            results = [result.unsqueeze(0) if flat else result for result in results]
+        return self._joined(results)
 
     def _divided(self, x: Any) -> tuple[Any, ...]:
-        if isinstance(x, Tensor) and x.ndim and not (x.shape[0] == 1 and self.batch.sequences > 1):
+        if isinstance(x, Tensor) and x.ndim and not self.batch.is_for_all(x):
             self.batch.check(x)
             return x.chunk(len(self.copies))
         return (x,) * len(self.copies)
 
-    def _parameters_by_name(self) -> Iterator[tuple[str, list[Tensor]]]:
-        for same in zip(*(module.named_parameters() for module in self.copies.values()), strict=True):
-            yield same[0][0], [parameter.detach() for _, parameter in same]
+    def _joined(self, results: list[Any]) -> Any:
+        if isinstance(results[0], tuple):
+            return tuple(self._joined(list(same)) for same in zip(*results, strict=True))
+        if results[0].shape[0] == 1:
+            each = self.batch.sequences // len(self.copies)
+            results = [result.expand(each, *result.shape[1:]) for result in results]
+        return torch.cat(results)
+
+    def _tensors_by_name(self) -> Iterator[tuple[str, list[Tensor]]]:
+        """Parameters, and buffers such as running means."""
+        for tensors in (nn.Module.named_parameters, nn.Module.named_buffers):
+            for same in zip(*(tensors(module) for module in self.copies.values()), strict=True):
+                if same[0][1].is_floating_point():
+                    yield same[0][0], [tensor.detach() for _, tensor in same]
 
     @torch.no_grad()
     def average_(self) -> None:
         """Set all copies, those of other processes too, to their mean."""
-        for _, same in self._parameters_by_name():
+        for _, same in self._tensors_by_name():
             average = self.batch.mean(same)
-            for parameter in same:
-                parameter.copy_(average)
+            for tensor in same:
+                tensor.copy_(average)
 
 
 def replicate(model: nn.Module, batch: Batch) -> dict[str, Replicas]:
@@ -169,7 +195,7 @@ def replicate(model: nn.Module, batch: Batch) -> dict[str, Replicas]:
     for name, module in list(model.named_modules()):
         if isinstance(module, LowRankLayer) or not any(p.requires_grad for p in module.parameters(recurse=False)):
             continue
-        if next(module.children(), None) is not None or not name:
+        if any(True for child in module.children() for _ in child.parameters()) or not name:
             raise ValueError(
                 f"{name or type(model).__name__} holds parameters of its own beside other modules, so parallel heads "
                 "cannot have copies of them; give others='shared'"

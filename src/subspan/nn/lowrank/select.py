@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import nn
@@ -78,8 +78,13 @@ def select_layers(
     return {name: modules[name] for name in chosen}
 
 
-def check_untied(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
+def check_untied(model: nn.Module, chosen: dict[str, nn.Module], allowed: Collection[str] = ()) -> None:
     """Refuse layers whose matrix is also another's: without it they would be tied in the configuration alone.
+
+    Args:
+        model: the model.
+        chosen: the layers by name.
+        allowed: names of parameters that they may be tied to.
 
     Raises:
         ValueError: there is one; both are named.
@@ -89,7 +94,7 @@ def check_untied(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
         for key, parameter in module._parameters.items():
             owners.setdefault(parameter, []).append(f"{name}.{key}")
     for name, module in chosen.items():
-        if others := [other for other in owners[module.weight] if other != f"{name}.weight"]:
+        if others := [other for other in owners[module.weight] if other not in (f"{name}.weight", *allowed)]:
             raise ValueError(
                 f"{name}.weight is tied to {', '.join(others)}, which cannot be given up for factors; untie them "
                 "(tie_word_embeddings=False), or name the layer in exclude"
