@@ -257,6 +257,10 @@ class LTE(MultiHeadLoRA):
                     f"multiple of merge_every, {self.merge_every}."
                 )
 
+    def shares(self, processes: int) -> int:
+        """One for each head of a process."""
+        return self.heads // processes
+
     def apply(
         self,
         model: nn.Module,

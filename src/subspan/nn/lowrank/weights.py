@@ -146,3 +146,7 @@ class WeightRecipe(ABC):
         Raises:
             ValueError: naming the setting.
         """
+
+    def shares(self, processes: int) -> int:
+        """Equal shares that each process divides every batch into: its sequences have to be a multiple of them."""
+        return 1
