@@ -27,6 +27,8 @@ def test_a_run_is_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     ):
         status, _, err = command("merge", str(source), str(output), capsys=capsys)
         assert status == 1 and message in err
+    status, _, err = command("checkpoint", "convert", str(run / "checkpoint-2"), str(tmp_path / "x"), capsys=capsys)
+    assert status == 1 and "subspan merge" in err and not (tmp_path / "x").exists()
     weights = run / "checkpoint-2" / "low_rank.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     status, _, err = command("merge", str(run / "checkpoint-2"), str(tmp_path / "x"), capsys=capsys)

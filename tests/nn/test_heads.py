@@ -196,6 +196,8 @@ def test_bad_settings_are_named() -> None:
         weight_recipe("mhlora").apply(llama(), target_modules=["nothing"])
     with pytest.raises(ValueError, match="no linear layer that is recognised as attention"):
         select_layers(nn.Sequential(nn.Linear(4, 4)), "attention")
+    with pytest.raises(ValueError, match="'mpl' is none of attention, mlp, logit"):
+        select_layers(nn.Sequential(nn.Linear(4, 4)), "attention+mpl")
     with pytest.raises(TypeError, match="LayerNorm is no linear layer"):
         from subspan.nn.lowrank import HeadsLinear
 

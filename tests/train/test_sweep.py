@@ -129,3 +129,9 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path: Path) -> None:
     run_sweep(tmp_path, {"lr": [0.01]}, steps=2)
     with pytest.raises(ValueError, match=r"holds a sweep with other settings \(steps: 2 -> 3\)"):
         run_sweep(tmp_path, {"lr": [0.01]}, steps=3)
+
+
+def test_a_grid_with_a_value_that_cannot_be_starts_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"grid, weight_settings\.rank=0: weight_settings: rank is 0"):
+        run_sweep(tmp_path, {"weight_settings.rank": [4, 0]}, weights="relora", method="adamw", rank=None, optimizer={})
+    assert not (tmp_path / "sweep").exists()

@@ -27,8 +27,9 @@ from subspan.train.plan import _between_steps, plan_recipe, prepare
 from subspan.train.plan_settings import PlanSettings
 from subspan.train.presets import build_model
 from subspan.train.pretrain import pretrain
+from subspan.train.run_folder import shared_batch
 from subspan.train.trainer import PretrainTrainer
-from subspan.train.weights import build_weights
+from subspan.train.weights import batch_shares, build_weights
 from tests.train.micro import Killed, metrics, repeatable, run, settings, stop_after, write_model
 
 #: Values for a model of width 32, with a cycle that ends at step 4 of 8.
@@ -326,6 +327,10 @@ def test_carry_over(tmp_path: Path) -> None:
         run(tmp_path, output=str(tmp_path / "other"), carry_over=dense, **low_rank("mhlora", steps=1))
     with pytest.raises(ValueError, match="holds an ordinary model"):
         merge_run(tmp_path / "full")
+    with pytest.raises(ValueError, match=r"holds weights 'mhlora', and this run has weights 'factored'.*subspan merge"):
+        unlike = low_rank("factored", steps=1, data=str(tmp_path / "nowhere"))
+        run(tmp_path, output=str(tmp_path / "unlike"), carry_over=first, **unlike)
+    assert not any((tmp_path / name).exists() for name in ("dense", "other", "unlike"))
     with pytest.raises(ValueError, match="another model"):
         again = low_rank("mhlora", steps=1, weight_settings={"rank": 2})
         run(tmp_path, output=str(tmp_path / "narrow"), carry_over=first, **again)
@@ -353,11 +358,16 @@ def test_a_killed_run_of_which_only_the_summary_is_missing(tmp_path: Path, monke
         ({"weights": "mhlora", "weight_settings": {"head": 2}}, "did you mean 'heads'"),
         ({"weights": "mhlora", "weight_settings": {"heads": "two"}}, "weight_settings"),
         ({"weights": "mhlora", "weight_settings": {"heads": 0}}, "heads is 0; it must be at least 1"),
+        ({"weights": "relora", "weight_settings": {"rank": "two"}}, "rank is 'two'; it must be a whole number"),
+        ({"weights": "lte", "weight_settings": {"heads": 3}}, "batch_size is 4, which the 3 parallel heads"),
         ({"weight_settings": {"heads": 2}}, "choose a recipe with --weights"),
         ({"adapter_settings": {"r": 2}}, "choose one with --adapter"),
         ({"adapter": "lorra"}, "did you mean 'lora'"),
         ({"adapter": "lora", "adapter_settings": {"lora_dropou": 0.1}}, "did you mean 'lora_dropout'"),
         ({"adapter": "lora", "adapter_settings": {"target_modules": "all"}}, "give --target_modules instead"),
+        ({"adapter": "lora", "adapter_settings": {"r": "two"}}, "adapter_settings.r is 'two'; it must be a number"),
+        ({"weights": "relora", "weight_settings": {"full_rank_steps": 800}}, "no factor would ever be trained"),
+        ({"weights": "relora", "weight_settings": {"restart_every": 5, "rewarm": 5}}, "longer than their re-warming"),
         ({"adapter": "hra", "adapter_settings": {"lora_plus_ratio": 4}}, "has no A and B"),
         ({"adapter": "lora", "adapter_settings": {"lora_plus_ratio": 0}}, "greater than 0"),
         ({"adapter": "lora", "weights": "mhlora"}, "only relora, periodic_lora can restart an adapter"),
@@ -409,6 +419,18 @@ def test_settings_that_do_not_fit_the_model(tmp_path: Path, given: dict[str, Any
         return
     with pytest.raises(ValueError, match=message):
         built(tmp_path, **changes)
+
+
+def test_heads_that_cannot_divide_a_batch_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    changes = low_rank("lte", batch_size=3, data=str(tmp_path / "nowhere"), output=str(tmp_path / "none"))
+    for resume in ("none", "auto"):
+        with pytest.raises(ValueError, match="batch_size is 3, which the 2 parallel heads of a process"):
+            run(tmp_path, resume=resume, **changes)
+    assert not (tmp_path / "none").exists()
+    # Two processes with a head each, continued by one with both.
+    config = PretrainConfig(**low_rank("lte", batch_size=1, resume="auto"))
+    check_settings(config, 1)
+    assert shared_batch(config, then=2, now=1, shares=batch_shares(config, 1)) == (2, 1)
 
 
 def test_chunked_loss_beside_layers_of_low_rank(tmp_path: Path) -> None:

@@ -92,7 +92,10 @@ def _convert(settings: dict[str, Any]) -> int:
 
     from subspan.checkpoint.single import to_single_file
     from subspan.train import convert
+    from subspan.train.presets import LOW_RANK_FILE, MERGE_FIRST
 
+    if (source / LOW_RANK_FILE).is_file():
+        raise ValueError(f"{source} holds a model with weights of low rank or adapters: {MERGE_FIRST}.")
     if package is not None:
         convert.import_foreign(source, target, package, settings["model"], settings["target_modules"] or "all-linear")
     elif carried:

@@ -130,7 +130,8 @@ def adapter_config(adapter: str, settings: dict[str, Any], layers: list[str], dr
     found = {str(getattr(name, "value", name)).lower(): config for name, config in CONFIGS.items()}
     if kind not in found:
         raise ValueError(f"adapter {adapter!r} needs a newer peft: pip install --upgrade peft.")
-    known = {field.name for field in dataclasses.fields(found[kind])}
+    annotations = {field.name: field.type for field in dataclasses.fields(found[kind])}
+    known = annotations.keys()
     own = _KINDS_OF_LORA.get(adapter, {})
     allowed = sorted(known - _SETTLED.keys() - own.keys()) + ["init_lora_weights"] * (adapter in ("lora", "rslora"))
     values = {name: value for name, value in settings.items() if name != _RATIO}
@@ -139,6 +140,9 @@ def adapter_config(adapter: str, settings: dict[str, Any], layers: list[str], dr
             raise ValueError(f"adapter_settings: {name} is a setting of the run; give --{instead} instead.")
         if name not in allowed:
             raise ValueError(unknown_setting(name, [*allowed, _RATIO], f"setting of {adapter}"))
+        # peft compares and divides it, and says no more than that this cannot be.
+        if isinstance(values[name], str) and annotations[name] in ("int", "float"):
+            raise ValueError(f"adapter_settings.{name} is {values[name]!r}; it must be a number.")
     values |= own
     if not drawn and isinstance(values.get("init_lora_weights"), str):
         values["init_lora_weights"] = True

@@ -267,8 +267,12 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
-def check_types(settings: Any) -> None:
+def check_types(settings: Any, values: dict[str, Any] | None = None) -> None:
     """Check that the values of a dataclass of settings are what its annotations say, and that numbers are usable.
+
+    Args:
+        settings: the dataclass, or its class.
+        values: those that are checked; None: what it holds.
 
     Raises:
         ValueError: naming the setting, its value and what is allowed.
@@ -279,7 +283,10 @@ def check_types(settings: Any) -> None:
         ValueError: steps is 'many'; it must be a whole number.
     """
     for setting in dataclasses.fields(settings):
-        value, annotation = getattr(settings, setting.name), str(setting.type)
+        if values is not None and setting.name not in values:
+            continue
+        value = getattr(settings, setting.name) if values is None else values[setting.name]
+        annotation = str(setting.type)
         kind = annotation.removesuffix(" | None")
         if kind not in _KINDS or (value is None and kind != annotation):
             continue

@@ -25,10 +25,11 @@ from subspan.optim import LowRankOptimizer
 from subspan.train.config import PretrainConfig, write_text
 from subspan.train.presets import LOW_RANK_FILE, build_model
 from subspan.train.processes import Processes
-from subspan.train.weights import build_weights
+from subspan.train.weights import build_weights, named_weights
 
 __all__ = [
     "Merged",
+    "check_carried",
     "check_low_rank",
     "merge_run",
     "read_divided_optimizer",
@@ -155,6 +156,28 @@ def check_low_rank(folder: Path) -> PretrainConfig:
         return PretrainConfig(**{name: content[name] for name in _SETTINGS})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} cannot be used: {error}") from error
+
+
+def check_carried(config: PretrainConfig) -> None:
+    """Refuse a checkpoint to start from that holds other weights than the run has, before any data is read.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: it is not whole, or holds other weights.
+    """
+    if config.carry_over is None:
+        return
+    folder = Path(config.carry_over).expanduser()
+    verify(folder, files=()).raise_if_bad()
+    if not config.low_rank and not (folder / LOW_RANK_FILE).is_file():
+        return
+    held = check_low_rank(folder)
+    if (held.adapter, held.weights) != (config.adapter, config.weights):
+        raise ValueError(
+            f"carry_over is {str(folder)!r}, which holds {named_weights(held)}, and this run has "
+            f"{named_weights(config)}: take the same, or make an ordinary model of it (subspan merge) and start from "
+            "that with --model."
+        )
 
 
 @dataclasses.dataclass(frozen=True)

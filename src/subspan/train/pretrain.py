@@ -24,6 +24,7 @@ from subspan.train.config import PretrainConfig, write_text
 from subspan.train.data import PackedDataset, StreamedDataset, TextData, load_data
 from subspan.train.lock import RunLock
 from subspan.train.loss import check_chunked_loss
+from subspan.train.low_rank_files import check_carried
 from subspan.train.measure import MeasureCallback, plan_run, show_peaks
 from subspan.train.optimizer import check_settings, hold_weights, resolve
 from subspan.train.presets import MERGE_FIRST, build_model, model_tokenizer
@@ -42,7 +43,7 @@ from subspan.train.run_folder import (
 from subspan.train.shard import launch_settings, shard_model
 from subspan.train.summary import RunSummary, finished_summary, generate_sample, measured_bytes, show_end, show_start
 from subspan.train.trainer import PretrainTrainer, peak_memory_bytes, perplexity
-from subspan.train.weights import WeightsCallback, build_weights
+from subspan.train.weights import WeightsCallback, batch_shares, build_weights
 
 __all__ = ["PretrainConfig", "RunSummary", "build_trainer", "load_run", "pretrain"]
 
@@ -114,6 +115,10 @@ def _pretrain(
         return open_run_folder(config)
 
     folder = processes.from_first(open_folder)
+    batch_size, passes = _shared_batch(config, folder, processes)
+    check_settings(dataclasses.replace(config, batch_size=batch_size, grad_accumulation=passes, resume="none"))
+    if folder.checkpoint is None:
+        processes.from_first(lambda: check_carried(config))
     data, model = load_run(config, console, processes)
     config = resolve(config, _hidden_size(model))
     processes.agree("the settings", config.to_yaml())
@@ -248,6 +253,11 @@ def load_run(
     return data, model
 
 
+def _shared_batch(config: PretrainConfig, folder: RunFolder, processes: Processes) -> tuple[int, int]:
+    """Sequences in a forward pass and passes in a step, however many processes started the run."""
+    return shared_batch(config, folder.processes, processes.size, batch_shares(config, processes.size))
+
+
 def _hidden_size(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config().hidden_size)
 
@@ -267,9 +277,7 @@ def build_trainer(
     """
     if config.low_rank and weights is None:
         raise ValueError(f"the run has weights of low rank, which are not looked at here: {MERGE_FIRST}.")
-    batch_size, grad_accumulation = shared_batch(config, folder.processes, processes.size)
-    if (batch_size, grad_accumulation) != (config.batch_size, config.grad_accumulation):
-        check_settings(dataclasses.replace(config, batch_size=batch_size, grad_accumulation=grad_accumulation))
+    batch_size, grad_accumulation = _shared_batch(config, folder, processes)
     progress = folder.progress()
     streamed = isinstance(data.train, StreamedDataset)
     if isinstance(data.train, StreamedDataset) and progress is not None:

@@ -252,16 +252,17 @@ def _open_checkpoint(checkpoint: Path, output: str | None) -> RunFolder:
     return RunFolder(folder, checkpoint.resolve())
 
 
-def shared_batch(config: PretrainConfig, then: int, now: int) -> tuple[int, int]:
+def shared_batch(config: PretrainConfig, then: int, now: int, shares: int = 1) -> tuple[int, int]:
     """Share the sequences of a step among another number of processes than a run was started with.
 
     Args:
         config: settings of the run.
         then: processes that it was started with.
         now: processes that it is continued with.
+        shares: what the sequences of a forward pass have to be a multiple of now.
 
     Returns:
-        Sequences in a forward pass, at most as many as the settings say, and passes in a step.
+        Sequences in a forward pass, at most as many as the settings say (or the shares need), and passes in a step.
 
     Raises:
         ValueError: they cannot be shared evenly.
@@ -270,6 +271,8 @@ def shared_batch(config: PretrainConfig, then: int, now: int) -> tuple[int, int]
         >>> shared_batch(PretrainConfig(batch_size=4), then=2, now=1)
         (4, 2)
     """
+    if now == then:
+        return config.batch_size, config.grad_accumulation
     sequences = config.batch_size * config.grad_accumulation * then
     each, left = divmod(sequences, now)
     if left:
@@ -278,7 +281,8 @@ def shared_batch(config: PretrainConfig, then: int, now: int) -> tuple[int, int]
             f"grad_accumulation {config.grad_accumulation}), which {now} processes cannot share evenly; start a number "
             f"of processes that divides {sequences}."
         )
-    batch = max(size for size in range(1, config.batch_size + 1) if each % size == 0)
+    most = max(config.batch_size, shares)
+    batch = max(size for size in range(shares, most + 1, shares) if each % size == 0)
     return batch, each // batch
 
 

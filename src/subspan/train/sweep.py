@@ -15,6 +15,7 @@ from rich.table import Table
 
 from subspan.train.callbacks import MetricsFile, json_line
 from subspan.train.config import PretrainConfig, differences, read_config, write_text
+from subspan.train.optimizer import check_settings
 from subspan.train.pretrain import pretrain
 from subspan.train.processes import launched
 from subspan.train.run_folder import METRICS_FILE
@@ -55,7 +56,8 @@ def sweep(config: PretrainConfig, grid: dict[str, Any], *, console: Console | No
         console: where to print (default: standard output).
 
     Raises:
-        ValueError: an unknown setting, values that are no list, or a folder that holds a sweep with other settings.
+        ValueError: an unknown setting, values that are no list or cannot be, or a folder that holds a sweep with other
+            settings.
 
     Example:
         >>> result = sweep(PretrainConfig(steps=100), {"lr": [0.005, 0.01]})  # doctest: +SKIP
@@ -67,8 +69,10 @@ def sweep(config: PretrainConfig, grid: dict[str, Any], *, console: Console | No
         raise ValueError("a sweep runs in one process: start it without torchrun.")
     axes = _axes(grid)
     output = Path(config.output or f"runs/sweep-{config.title}-{Path(config.model).stem}").expanduser()
-    claim(output, {BASE_FILE: config})
     combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    for settings in combinations:
+        _check(config, settings)
+    claim(output, {BASE_FILE: config})
     runs: list[tuple[dict[str, Any], RunSummary]] = []
     for number, settings in enumerate(combinations, start=1):
         folder = output / _name(settings)
@@ -156,6 +160,14 @@ def _apply(config: PretrainConfig, settings: dict[str, Any]) -> PretrainConfig:
         inside = {key.removeprefix(f"{name}."): value for key, value in settings.items() if key.startswith(f"{name}.")}
         own[name] = getattr(config, name) | inside
     return dataclasses.replace(config, **own)
+
+
+def _check(config: PretrainConfig, settings: dict[str, Any]) -> None:
+    """Refuse a combination that cannot be before the first run is started."""
+    try:
+        check_settings(_apply(config, settings))
+    except ValueError as error:
+        raise ValueError(f"grid, {_name(settings)}: {error}") from error
 
 
 def _diverged(folder: Path) -> RunSummary:

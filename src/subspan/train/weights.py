@@ -30,7 +30,16 @@ from subspan.train.callbacks import MetricsFile
 from subspan.train.config import PretrainConfig, check_types
 from subspan.train.processes import launched
 
-__all__ = ["WeightsCallback", "build_weights", "check_weights", "describe", "projection_rank", "weight_groups"]
+__all__ = [
+    "WeightsCallback",
+    "batch_shares",
+    "build_weights",
+    "check_weights",
+    "describe",
+    "named_weights",
+    "projection_rank",
+    "weight_groups",
+]
 
 
 def check_weights(config: PretrainConfig, processes: int) -> None:
@@ -69,9 +78,13 @@ def check_weights(config: PretrainConfig, processes: int) -> None:
             )
         if processes > 1 and not kind.ddp:
             raise ValueError(f"weights {config.weights!r} cannot be trained by several processes: start one.")
-        kind(**recipe).check_run(
-            processes=processes, batch_size=config.batch_size, steps=config.steps, eval_every=config.eval_every
-        )
+        kind(**recipe).check_run(processes=processes, steps=config.steps, eval_every=config.eval_every)
+        # Of a run that is continued, perhaps by other processes, the batch is not known yet.
+        if config.resume == "none" and config.batch_size % (shares := batch_shares(config, processes)):
+            raise ValueError(
+                f"batch_size is {config.batch_size}, which {shares} parallel heads cannot divide evenly: "
+                f"give a multiple of {shares}, or other --weight_settings.heads."
+            )
         if processes > 1 and issubclass(kind, LTE) and config.optimizer.get("rank_policy") == "tolerance":
             raise ValueError(
                 "optimizer.rank_policy is 'tolerance', which gives copies in several processes ranks of their own, so "
@@ -86,12 +99,13 @@ def check_weights(config: PretrainConfig, processes: int) -> None:
     shards = config.adapter is None and weight_recipe_class(config.weights).shards
     if config.shard != "none" and not shards:
         raise ValueError(
-            f"shard is {config.shard!r}, but {_what(config)} cannot be divided over processes: leave shard out."
+            f"shard is {config.shard!r}, but {named_weights(config)} cannot be divided over processes: leave shard out."
         )
     for name, allowed in (("gradient", "full"), ("weight_storage", "float")):
         if (value := getattr(config, name)) not in (None, allowed):
             raise ValueError(
-                f"{name} is {value!r}, but with {_what(config)} it must be {allowed!r}: what is trained there is small."
+                f"{name} is {value!r}, but with {named_weights(config)} it must be {allowed!r}: what is trained "
+                "there is small."
             )
     if config.adapter is not None and (config.chunked_loss or config.project in ("others", "merged")):
         name = "chunked_loss" if config.chunked_loss else "project"
@@ -109,15 +123,18 @@ def _check_projection(config: PretrainConfig) -> None:
             "one that projects, or leave project out."
         )
     if config.method != "adamw" and info.size != "rank":
-        raise ValueError(f"method is {config.method!r}, but {_what(config)} takes adamw or a method that has a rank.")
+        raise ValueError(
+            f"method is {config.method!r}, but {named_weights(config)} takes adamw or a method that has a rank."
+        )
     if config.method != "adamw" and config.project is None:
         raise ValueError(
-            f"method is {config.method!r}, but what it is to project with {_what(config)} is not said: give "
+            f"method is {config.method!r}, but what it is to project with {named_weights(config)} is not said: give "
             "--project factors, others or merged; or --method adamw."
         )
 
 
-def _what(config: PretrainConfig) -> str:
+def named_weights(config: PretrainConfig) -> str:
+    """What the weights of a run are, for messages."""
     return f"weights {config.weights!r}" if config.adapter is None else f"adapter {config.adapter!r}"
 
 
@@ -132,13 +149,17 @@ def recipe_settings(config: PretrainConfig) -> dict[str, Any]:
     Raises:
         ValueError: an unknown recipe or setting, or a value that is not allowed.
     """
+    kind = weight_recipe_class(config.weights)
     try:
-        recipe = weight_recipe(config.weights, **config.weight_settings)
-        check_types(recipe)
-    except (TypeError, ValueError) as error:
-        known = not isinstance(error, TypeError)
-        raise ValueError(f"weight_settings: {error}" if config.weight_settings or not known else str(error)) from error
-    return dataclasses.asdict(recipe)
+        check_types(kind, config.weight_settings)
+        return dataclasses.asdict(weight_recipe(config.weights, **config.weight_settings))
+    except ValueError as error:
+        raise ValueError(f"weight_settings: {error}") from error
+
+
+def batch_shares(config: PretrainConfig, processes: int) -> int:
+    """What the sequences of a forward pass of a process have to be a multiple of."""
+    return 1 if config.weights == "dense" else weight_recipe(config.weights, **config.weight_settings).shares(processes)
 
 
 def projection_rank(config: PretrainConfig, hidden_size: int) -> int:
@@ -191,8 +212,8 @@ def build_weights(model: PreTrainedModel, config: PretrainConfig) -> tuple[Any, 
     weights.begin_step(0)
     if launched() > 1 and not all(factor.requires_grad for factor in weights.factors().values()):
         raise ValueError(
-            f"{_what(config)} train whole matrices before their factors, which several processes (DDP) cannot: start "
-            "one process, or train the factors from the first step on."
+            f"{named_weights(config)} train whole matrices before their factors, which several processes (DDP) cannot: "
+            "start one process, or train the factors from the first step on."
         )
     if config.project == "merged":
         for name, layer in weights.layers.items():
@@ -265,7 +286,9 @@ def _check_projected(kinds: dict[str, list[tuple[str, nn.Parameter]]], config: P
     assert config.project is not None and config.rank is not None
     chosen = [entry for kind in (config.project, f"{config.project}, B") for entry in kinds.get(kind, [])]
     if not chosen:
-        raise ValueError(f"project is {config.project!r}, but there are none with {_what(config)}: choose others.")
+        raise ValueError(
+            f"project is {config.project!r}, but there are none with {named_weights(config)}: choose others."
+        )
     for name, parameter in chosen:
         if parameter.ndim > 3 or config.rank >= min(parameter.shape[-2:]):
             raise ValueError(

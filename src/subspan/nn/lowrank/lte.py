@@ -242,16 +242,11 @@ class LTE(MultiHeadLoRA):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {' or '.join(allowed)}.")
 
-    def check_run(self, *, processes: int, batch_size: int, steps: int, eval_every: int) -> None:
-        """Processes share the heads evenly, heads the batch, and are one model when it is evaluated: after a merge."""
+    def check_run(self, *, processes: int, steps: int, eval_every: int) -> None:
+        """Processes share the heads evenly, and are one model when it is evaluated: after a merge."""
         if self.heads % processes:
             raise ValueError(
                 f"{processes} processes cannot share {self.heads} heads evenly: give a multiple of {processes}"
-            )
-        if batch_size % (own := self.heads // processes):
-            raise ValueError(
-                f"batch_size is {batch_size}, which {own} parallel heads cannot divide evenly: give a multiple of "
-                f"{own}."
             )
         if processes == 1:
             return
@@ -261,6 +256,10 @@ class LTE(MultiHeadLoRA):
                     f"{name} is {value}, but heads on several processes are one model after a merge only: give a "
                     f"multiple of merge_every, {self.merge_every}."
                 )
+
+    def shares(self, processes: int) -> int:
+        """One for each head of a process."""
+        return self.heads // processes
 
     def apply(
         self,

@@ -107,6 +107,10 @@ class PeriodicLoRA(WeightRecipe):
             restart_every=self.restart_every, state="reset", rewarm=self.rewarm, rounding=self.rounding
         ).parts(steps)
 
+    def check_run(self, *, processes: int, steps: int, eval_every: int) -> None:
+        """Stages are longer than their re-warming."""
+        self.parts(steps)
+
     def apply(
         self,
         model: nn.Module,

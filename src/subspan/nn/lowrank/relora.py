@@ -185,6 +185,15 @@ class ReLoRA(WeightRecipe):
         settings: dict[str, Any] = {"rounding": self.rounding, "steps": steps}
         return {"when": when, "state": self._transform(), "rewarm": Rewarm(rewarm), **settings}
 
+    def check_run(self, *, processes: int, steps: int, eval_every: int) -> None:
+        """The factors take over before the run ends, and cycles are longer than their re-warming."""
+        if self.full_rank_steps >= steps:
+            raise ValueError(
+                f"full_rank_steps is {self.full_rank_steps}, but the run has {steps} steps, so that no factor would "
+                "ever be trained: give fewer"
+            )
+        self.parts(steps)
+
     def _adapters_from(self, steps: int | None) -> int:
         if self.lazy is None:
             return self.full_rank_steps

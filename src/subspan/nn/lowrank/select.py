@@ -57,6 +57,10 @@ def select_layers(
     """
     modules = {name: module for name, module in model.named_modules() if _is_plain(module)}
     words = target_modules.split("+") if isinstance(target_modules, str) else []
+    if len(words) > 1 and any(word in KINDS for word in words):
+        for word in words:
+            if word.isidentifier() and word not in KINDS:
+                raise ValueError(f"target_modules={target_modules!r}: {word!r} is none of {', '.join(KINDS)}")
     if words and all(word in KINDS for word in words):
         chosen = [name for name, module in modules.items() if layer_kind(model, name, module) in words]
         for word in words:

@@ -135,15 +135,18 @@ class WeightRecipe(ABC):
             ValueError: settings that do not fit the model, or no such layer.
         """
 
-    def check_run(self, *, processes: int, batch_size: int, steps: int, eval_every: int) -> None:  # noqa: B027
+    def check_run(self, *, processes: int, steps: int, eval_every: int) -> None:  # noqa: B027
         """Refuse a run that the recipe cannot have, before there is a model.
 
         Args:
             processes: that train together.
-            batch_size: sequences in a forward pass of one process.
             steps: of the run.
             eval_every: steps between evaluations; 0: at the end.
 
         Raises:
             ValueError: naming the setting.
         """
+
+    def shares(self, processes: int) -> int:
+        """Equal shares that each process divides every batch into: its sequences have to be a multiple of them."""
+        return 1
