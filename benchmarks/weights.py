@@ -29,10 +29,11 @@ import torch
 from record import RESULTS, environment
 
 from subspan.nn.lowrank import LowRankWeights, weight_recipe
-from subspan.optim import AdamW, create_optimizer, param_groups
+from subspan.optim import create_optimizer, param_groups
 from subspan.train.presets import build_model
 
-#: Contender to the recipe of its weights (None: dense), and the factor on the sequences of a step.
+#: Contender to the recipe of its weights (None: dense), and to the optimizer: with ``_others`` and the like, what it
+#: projects beside weights of low rank.
 CONTENDERS: dict[str, tuple[str | None, str]] = {
     "adamw": (None, "adamw"),
     "galore": (None, "galore"),
@@ -44,6 +45,7 @@ CONTENDERS: dict[str, tuple[str | None, str]] = {
     "sltrain": ("sltrain", "adamw"),
     "relora": ("relora", "adamw"),
     "lora": ("mhlora", "adamw"),
+    **{f"lte_galore_{part}": ("lte", "galore") for part in ("factors", "merged", "others")},
     "loqt": ("loqt", "adamw"),
 }
 COMMON = ("model", "steps", "batch_size", "seq_len", "precision", "warm_up", "final_lr")
@@ -56,6 +58,9 @@ def build(
     """The model, its weights of low rank, and the optimizer."""
     model = build_model(args.model, seq_len=args.seq_len, seed=seed)
     model.set_attn_implementation("eager")  # faster than sdpa on the CPU at these sizes
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     recipe, method = CONTENDERS[contender]
     if recipe is None:
         projected = {"rank": args.rank, "update_proj_gap": args.gap} if method == "galore" else {"rank": None}
@@ -67,14 +72,31 @@ def build(
     dense = {id(getattr(layer, "weight", None)) for layer in weights.layers.values()}
     chosen = {id(parameter) for parameter in factors.values()} | dense
     weights.begin_step(0)
+    projected = contender.rpartition("_")[2] if method == "galore" else None
+    if projected == "merged":
+        for layer in weights.layers.values():
+            layer.weight.requires_grad_(True)
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": list(factors.items()), "lr_scale": ratio},
-        {"params": [(name, p) for name, p in named if id(p) in dense], "lr_scale": args.dense_ratio},
-        {"params": [(name, p) for name, p in named if id(p) not in chosen]},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return model, weights, AdamW(groups, lr=lr, weight_decay=0.0)
+    rest = [(name, p) for name, p in named if id(p) not in chosen]
+    groups: dict[str, dict[str, Any]] = {
+        "factors": {"params": list(factors.items()), "lr_scale": ratio},
+        "merged": {"params": [(name, p) for name, p in named if id(p) in dense], "lr_scale": args.dense_ratio},
+        "others": {"params": [(name, p) for name, p in rest if p.ndim > 1]},
+        "vectors": {"params": [(name, p) for name, p in rest if p.ndim == 1]},
+    }
+    if projected is not None:
+        groups[projected] |= {"rank": args.rank, "update_proj_gap": args.gap}
+        # The factor that GaLore's scale takes from a learning rate is no part of the comparison.
+        groups[projected]["lr_scale"] = groups[projected].get("lr_scale", 1.0) * (4 if projected != "merged" else 10)
+    optimizer = create_optimizer(method, [g for g in groups.values() if g["params"]], lr=lr, weight_decay=0.0)
+    return model, weights, optimizer
+
+
+def own_settings(args: argparse.Namespace, contender: str) -> dict[str, Any]:
+    """Settings of the recipe of a contender, and the rank of its projections."""
+    recipe, method = CONTENDERS[contender]
+    projection = {"projection_rank": args.rank, "dense_ratio": args.dense_ratio} if method == "galore" else {}
+    return projection | (args.settings if recipe else {})
 
 
 def train(args: argparse.Namespace, contender: str, lr: float, ratio: float, seed: int) -> Run:
@@ -120,7 +142,7 @@ def train(args: argparse.Namespace, contender: str, lr: float, ratio: float, see
     trained = [p for p in model.parameters() if p.requires_grad]
     return {
         "contender": contender,
-        "settings": args.settings if CONTENDERS[contender][0] else {},
+        "settings": own_settings(args, contender),
         "lr": lr,
         "ratio": ratio,
         "seed": seed,
@@ -148,7 +170,7 @@ def key(run: Run) -> tuple[Any, ...]:
 
 def run(args: argparse.Namespace) -> None:
     for contender, lr, ratio, seed in itertools.product(args.contenders, args.lr, args.ratio, args.seeds):
-        own = args.settings if CONTENDERS[contender][0] else {}
+        own = own_settings(args, contender)
         wanted = {**vars(args), "contender": contender, "lr": lr, "ratio": ratio, "seed": seed, "settings": own}
         if key(wanted) in {key(done) for done in quality.read_runs(args.results)}:
             continue

@@ -41,7 +41,7 @@ def test_sizes_of_a_llama(name: str) -> None:
 
 
 def test_every_preset_has_a_test() -> None:
-    assert set(PRESETS) == {*LLAMA, "llama_bench", "gpt2-124m"}
+    assert set(PRESETS) == {*LLAMA, "llama_bench", "gpt2-124m", "gpt2_bench"}
 
 
 def test_most_of_llama_bench_is_projected() -> None:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 
 from subspan.checkpoint.save import LOW_RANK_JSON
 
-__all__ = ["MERGE_FIRST", "PRESETS", "LlamaSize", "build_model", "model_tokenizer", "skeleton"]
+__all__ = ["MERGE_FIRST", "PRESETS", "GPT2Size", "LlamaSize", "build_model", "model_tokenizer", "skeleton"]
 
 MERGE_FIRST = "make an ordinary model of it first, with subspan merge RUN_OR_CHECKPOINT MODEL_FOLDER"
 
@@ -27,10 +27,19 @@ class LlamaSize(NamedTuple):
     vocab_size: int = 32_000
 
 
+class GPT2Size(NamedTuple):
+    """Sizes of a GPT-2: hidden width, layers, heads, default vocabulary."""
+
+    hidden: int
+    layers: int
+    heads: int
+    vocab_size: int = 50_257
+
+
 #: The sizes of the ReLoRA and GaLore experiments (arXiv:2307.05695, 2403.03507), and `llama_bench`, whose small
 #: vocabulary leaves 75 % of the parameters in projected matrices, so that it can judge a low-rank method
-#: (`llama_9m` with 32,000 tokens projects 9 %).
-PRESETS: dict[str, LlamaSize | None] = {
+#: (`llama_9m` with 32,000 tokens projects 9 %); and GPT-2, with `gpt2_bench` of the same kind.
+PRESETS: dict[str, LlamaSize | GPT2Size] = {
     "llama_9m": LlamaSize(128, 352, 4, 4),
     "llama_20m": LlamaSize(256, 688, 4, 4),
     "llama_35m": LlamaSize(384, 1024, 6, 8),
@@ -44,7 +53,8 @@ PRESETS: dict[str, LlamaSize | None] = {
     "llama_3b": LlamaSize(2560, 6848, 32, 32),
     "llama_7b": LlamaSize(4096, 11008, 32, 32),
     "llama_bench": LlamaSize(256, 688, 8, 4, vocab_size=4096),
-    "gpt2-124m": None,
+    "gpt2-124m": GPT2Size(768, 12, 12),
+    "gpt2_bench": GPT2Size(256, 8, 4, vocab_size=4096),
 }
 
 
@@ -57,9 +67,15 @@ def preset_config(name: str, *, vocab_size: int | None = None, seq_len: int = 12
         seq_len: longest sequence that will be trained on, in tokens.
     """
     size = PRESETS[name]
-    if size is None:
+    if isinstance(size, GPT2Size):
         return GPT2Config(
-            vocab_size=vocab_size or 50_257, n_positions=max(1024, seq_len), bos_token_id=None, eos_token_id=None
+            vocab_size=vocab_size or size.vocab_size,
+            n_embd=size.hidden,
+            n_layer=size.layers,
+            n_head=size.heads,
+            n_positions=max(1024, seq_len),
+            bos_token_id=None,
+            eos_token_id=None,
         )
     return LlamaConfig(
         vocab_size=vocab_size or size.vocab_size,
