@@ -46,6 +46,8 @@ def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
         assert [line.split()[0] for line in table.splitlines() if not line.startswith(" ")] == names
     assert "galore_8bit: moments='8bit' has blocks" in left_out
     assert "dora" in adapters
+    assert "relora, periodic_lora, loqt: whole matrices take up the factors" in weights
+    assert {line.split()[0]: line.split()[-1] for line in weights.splitlines() if line[0] != " "}["mhlora"] == "yes"
 
 
 @pytest.mark.parametrize("name", ["pretrain", "sweep"])

@@ -16,14 +16,19 @@ import torch
 import torch.distributed as dist
 
 from subspan.memory import MemoryPlan
+from subspan.nn.lowrank import MultiHeadLoRA
 from subspan.train import pretrain
+from subspan.train.presets import build_model
 from subspan.train.processes import join
+from subspan.train.shard import shard_model
 from subspan.train.trainer import PretrainTrainer
 from tests.train.micro import Killed, run, settings, stop_after
 
 RANK = int(os.environ.get("RANK", "0"))
 #: 42 held-out sequences: 11 batches of 4 for 2 processes, the last one of 2.
 UNEVEN = {"eval_batches": 11}
+#: The same steps and evaluations in half as many batches.
+HALF = {"batch_size": 8, "eval_batches": 1}
 STREAM = {"grad_accumulation": 2}
 HEADS: dict[str, Any] = {
     "weights": "mhlora", "weight_settings": {"rank": 4, "heads": 2, "alpha": 8.0}, "rank": None, "optimizer": {},
@@ -35,6 +40,17 @@ PARALLEL: dict[str, Any] = {
 }  # fmt: skip
 #: Of one process, whose batches are those of two.
 PARALLEL_ALONE = {"batch_size": 8, "eval_batches": 2}
+#: Recipes of low-rank weights that fully_shard divides: uneven pieces, and a head that is tied to the embedding.
+DIVIDED: dict[str, dict[str, Any]] = {
+    "mhlora": HEADS | {
+        "weight_settings": {"rank": 4, "heads": 3, "alpha": 8.0}, "target_modules": "attention+logit", "steps": 8,
+        "method": "galore", "project": "factors", "rank": 2,
+    },
+    "factored": HEADS | {
+        "weights": "factored", "weight_settings": {"rank": 5, "rebalance_gap": 0, "product_decay": 0.1}, "steps": 8,
+    },
+    "sltrain": HEADS | {"weights": "sltrain", "weight_settings": {"rank": 5, "alpha": 8.0}, "lr": 1e-2, "steps": 8},
+}  # fmt: skip
 #: Ways to share the work, each with the run of one process that it has to follow.
 WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "projected": ({"max_grad_norm": 0.0}, {"max_grad_norm": 0.0, "grad_accumulation": 2}),
@@ -42,6 +58,7 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "divided": ({"shard": "full", "method": "fira", "chunked_loss": True}, {"method": "fira", "grad_accumulation": 2}),
     "heads": (HEADS | {"reduce": "full"}, HEADS | {"grad_accumulation": 2}),
     "bases": ({"shard": "bases"}, {"grad_accumulation": 2}),
+    **{name: (given | {"shard": "full"}, given | {"grad_accumulation": 2}) for name, given in DIVIDED.items()},
 }
 
 
@@ -87,6 +104,27 @@ def record_bytes(patch: pytest.MonkeyPatch, memory: list[MemoryPlan]) -> None:
     patch.setattr(pretrain, "show_end", show_end)
 
 
+def with_model(folder: Path, name: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a way to share the work; a head with factors is tied to the embedding."""
+    return changes | ({"model": str(folder / "tied.json")} if name == "mhlora" else {})
+
+
+def divide(folder: Path) -> dict[str, Any]:
+    """A model that every process draws from a seed of its own, divided, and what becomes of a merge of it."""
+    found: dict[str, Any] = {}
+    with join(2.0) as processes:
+        model = build_model(str(folder / "model.json"), seq_len=16, seed=processes.rank)
+        own = float(model.get_input_embeddings().weight.detach().double().sum())
+        weights = MultiHeadLoRA(heads=1, rank=2).apply(model)
+        shard_model(model)
+        found["sums"] = own, float(model.get_input_embeddings().weight.detach().full_tensor().double().sum())
+        try:
+            weights.merge()
+        except ValueError as error:
+            found["merge"] = str(error)
+    return found
+
+
 def refused(folder: Path, **changes: Any) -> str:
     try:
         run(folder, **changes)
@@ -124,12 +162,16 @@ def main(folder: Path) -> None:
     for name, (changes, _) in WAYS.items():
         with pytest.MonkeyPatch.context() as patch:
             record_bytes(patch, answers.setdefault("memory", {}).setdefault(name, []))
-            run(folder, output=str(folder / name), **changes)
-    for name in ("bases-cut", "bases-fewer"):
+            run(folder, output=str(folder / name), **with_model(folder, name, changes))
+    for name in ("bases-cut", "bases-fewer", "mhlora-cut", "factored-fewer"):
+        way = name.partition("-")[0]
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             stop_after(patch, 7)
-            run(folder, output=str(folder / name), shard="bases")
+            run(folder, output=str(folder / name), **with_model(folder, way, WAYS[way][0]))
     run(folder, output=str(folder / "bases-cut"), shard="bases", resume="auto")
+    run(folder, output=str(folder / "mhlora-cut"), resume="auto", **with_model(folder, "mhlora", WAYS["mhlora"][0]))
+    run(folder, output=str(folder / "sltrain-more"), resume="auto", **WAYS["sltrain"][0], **HALF)
+    answers["divide"] = divide(folder)
 
     with pytest.MonkeyPatch.context() as patch:
         record_bytes(patch, answers.setdefault("memory", {}).setdefault("parallel", []))
@@ -175,8 +217,9 @@ def prepare(folder: Path) -> None:
     (folder / "dropout.json").write_text(json.dumps(model | {"attention_dropout": 0.2}))
     alone: dict[str, dict[str, Any]] = {
         "more": UNEVEN | {"batch_size": 8}, "odd": UNEVEN | {"batch_size": 3},
-        "parallel-more": PARALLEL | PARALLEL_ALONE
+        "parallel-more": PARALLEL | PARALLEL_ALONE, "sltrain-more": WAYS["sltrain"][0] | HALF,
     }  # fmt: skip
+    (folder / "tied.json").write_text(json.dumps(model | {"tie_word_embeddings": True}))
     for name, changes in alone.items():
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
             stop_after(patch, 7)

@@ -15,8 +15,11 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from subspan.checkpoint.save import LOW_RANK, MODEL
+from subspan.checkpoint.single import to_single_file
 from subspan.train.low_rank_files import merge_run
 from tests.train import launched
 from tests.train.micro import metrics, repeatable, run, settings
@@ -54,7 +57,7 @@ def start(command: list[str]) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], status: int = 0) -> str:
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == status, output
     return output
 
@@ -143,8 +146,40 @@ def test_the_sequences_are_those_of_one_process(folder: Path, alone: Path) -> No
 
 @pytest.mark.parametrize("way", launched.WAYS)
 def test_every_way_to_share_the_work_gives_the_same_losses(folder: Path, way: str) -> None:
-    run(folder, output=str(folder / f"{way}-alone"), **launched.WAYS[way][1])
+    changes = launched.with_model(folder, way, launched.WAYS[way][1])
+    run(folder, output=str(folder / f"{way}-alone"), **changes)
     assert_close(folder / way, folder / f"{way}-alone")
+
+
+@pytest.mark.parametrize("way", launched.DIVIDED)
+def test_low_rank_weights_that_are_divided_are_merged(folder: Path, tmp_path: Path, way: str) -> None:
+    """As those of one process are, of parts and of what is converted to single files."""
+    checkpoint, alone = folder / way / "checkpoint-8", folder / f"{way}-alone"
+    assert not (checkpoint / LOW_RANK).exists() and len(list(checkpoint.glob("shard-*.safetensors"))) == 2
+    if not alone.exists():
+        run(folder, output=str(alone), **launched.with_model(folder, way, launched.WAYS[way][1]))
+    to_single_file(checkpoint, tmp_path / "whole")
+    assert (tmp_path / "whole" / LOW_RANK).is_file() and not (tmp_path / "whole" / MODEL).exists()
+    outputs = [merge_run(source, tmp_path / str(n)).output for n, source in enumerate((checkpoint, alone))]
+    outputs.append(merge_run(tmp_path / "whole", tmp_path / "2").output)
+    parts, expected, whole = (load_file(output / MODEL) for output in outputs)
+    assert parts.keys() == expected.keys() == whole.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-4, atol=1e-5)
+        assert torch.equal(parts[name], whole[name])
+
+
+def test_low_rank_weights_that_are_divided_continue(folder: Path) -> None:
+    assert repeatable(folder / "mhlora") == repeatable(folder / "mhlora-cut")
+    run(folder, output=str(folder / "factored-fewer"), resume="auto", **launched.WAYS["factored"][0])
+    assert_close(folder / "factored-fewer", folder / "factored")
+    assert_close(folder / "sltrain-more", folder / "sltrain")
+
+
+def test_a_divided_model_is_that_of_the_first_process(answers: list[dict[str, Any]]) -> None:
+    (own, first), (other, second) = (answer["divide"]["sums"] for answer in answers)
+    assert first == second == pytest.approx(own, rel=1e-6) and other != own
+    assert all("divided over processes and cannot be merged" in answer["divide"]["merge"] for answer in answers)
 
 
 @pytest.mark.parametrize("way", ["divided", "bases"])

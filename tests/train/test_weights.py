@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from subspan.checkpoint.save import LOW_RANK as WEIGHTS_FILE
 from subspan.memory.plan import PeakPlan
 from subspan.memory.training import trace_training
 from subspan.nn.lowrank import LowRankWeights, list_weights, weight_recipe_class
 from subspan.optim import LowRankOptimizer
 from subspan.train.config import PretrainConfig
-from subspan.train.low_rank_files import WEIGHTS_FILE, check_low_rank, merge_run
+from subspan.train.low_rank_files import check_low_rank, merge_run
 from subspan.train.optimizer import build_optimizer, check_settings, resolve
 from subspan.train.plan import _between_steps, plan_recipe, prepare
 from subspan.train.plan_settings import PlanSettings
@@ -381,7 +382,10 @@ def test_a_killed_run_of_which_only_the_summary_is_missing(tmp_path: Path, monke
         ({"weights": "mhlora", "gradient": "fused", "max_grad_norm": 0.0}, "gradient is 'fused'"),
         ({"weights": "mhlora", "gradient": "projected"}, "gradient is 'projected'"),
         ({"weights": "mhlora", "weight_storage": "int8"}, "weight_storage is 'int8'"),
-        ({"weights": "mhlora", "shard": "full"}, "cannot be divided over processes"),
+        ({"weights": "relora", "shard": "full"}, "whole matrices take up the factors between steps"),
+        ({"weights": "lte", "shard": "full"}, "it divides its heads over the processes"),
+        ({"weights": "factored", "shard": "full"}, "rebalance_gap=200: that takes whole factors and moments; give 0"),
+        ({"adapter": "lora", "shard": "full"}, "adapter 'lora' cannot be divided over processes"),
         ({"adapter": "lora", "chunked_loss": True}, "chunked_loss is True"),
         ({"adapter": "boft", "measure_memory": True}, "leave measure_memory out"),
         ({"weights": "lte", "batch_size": 6}, "batch_size is 6, which 4 parallel heads cannot divide evenly"),

@@ -15,9 +15,22 @@ from subspan.checkpoint.staging import processes, staged
 from subspan.checkpoint.states import is_sharded, model_tensors, optimizer_document, state_names
 from subspan.checkpoint.tensors import write_sharded, write_whole
 
-__all__ = ["EXTRA", "MODEL", "OPTIMIZER", "OPTIMIZER_JSON", "TIED", "save_checkpoint", "write_optimizer", "write_parts"]
+__all__ = [
+    "EXTRA",
+    "LOW_RANK",
+    "LOW_RANK_JSON",
+    "MODEL",
+    "OPTIMIZER",
+    "OPTIMIZER_JSON",
+    "TIED",
+    "save_checkpoint",
+    "write_optimizer",
+    "write_parts",
+]
 
 MODEL = "model.safetensors"
+#: In place of it a model whose weights are of low rank, and what says which they are.
+LOW_RANK, LOW_RANK_JSON = "low_rank.safetensors", "low_rank.json"
 OPTIMIZER = "optimizer.safetensors"
 OPTIMIZER_JSON = "optimizer.json"
 EXTRA = "extra.json"

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from subspan.checkpoint.manifest import Manifest, verify
-from subspan.checkpoint.save import MODEL, OPTIMIZER
+from subspan.checkpoint.save import LOW_RANK, LOW_RANK_JSON, MODEL, OPTIMIZER
 from subspan.checkpoint.staging import CheckpointWriteError, staged
 from subspan.checkpoint.tensors import empty_like, held_tensors, read_tensors, write_whole
 
@@ -18,7 +18,8 @@ __all__ = ["check_free", "copy_files", "to_single_file"]
 def to_single_file(source: Path, target: Path) -> None:
     """Write a checkpoint whose parts several processes wrote as one that is in one file each.
 
-    Either kind can be loaded by any number of processes; this one is a model that transformers loads.
+    Either kind can be loaded by any number of processes; this one is a model that transformers loads, unless its
+    weights are of low rank.
 
     Raises:
         CheckpointWriteError: ``target`` exists, or cannot be written.
@@ -33,7 +34,7 @@ def to_single_file(source: Path, target: Path) -> None:
         state = {name: tensor for name, tensor in tensors.items() if "/" in name}
         weights = {name: tensor for name, tensor in tensors.items() if "/" not in name}
         copy_files(source, job.folder, manifest, without=("*.safetensors",))
-        write_whole(job.folder / MODEL, weights)
+        write_whole(job.folder / (LOW_RANK if LOW_RANK_JSON in manifest.files else MODEL), weights)
         if state:
             write_whole(job.folder / OPTIMIZER, state)
 

@@ -90,11 +90,12 @@ def _convert(settings: dict[str, Any]) -> int:
     if package is None and (settings["model"] is not None or settings["target_modules"] is not None):
         raise ValueError("--model and --target_modules are for --from; a checkpoint has its own model and settings.")
 
+    from subspan.checkpoint.save import LOW_RANK_JSON
     from subspan.checkpoint.single import to_single_file
     from subspan.train import convert
-    from subspan.train.presets import LOW_RANK_FILE, MERGE_FIRST
+    from subspan.train.presets import MERGE_FIRST
 
-    if (source / LOW_RANK_FILE).is_file():
+    if (source / LOW_RANK_JSON).is_file() and not any(source.glob("shard-*.safetensors")):
         raise ValueError(f"{source} holds a model with weights of low rank or adapters: {MERGE_FIRST}.")
     if package is not None:
         convert.import_foreign(source, target, package, settings["model"], settings["target_modules"] or "all-linear")

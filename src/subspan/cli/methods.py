@@ -23,7 +23,7 @@ def run(arguments: Any) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from subspan.nn.lowrank import list_weights, weight_recipe_class
+    from subspan.nn.lowrank import list_weights, weight_recipe
     from subspan.optim import list_methods, method_info
     from subspan.train.adapters import ADAPTERS
 
@@ -41,11 +41,16 @@ def run(arguments: Any) -> int:
     for reason, names in whole.items():
         console.print(f"  {', '.join(names)}: {reason}", highlight=False)
     held = Table("weights", *("paper", "arXiv", "what it does", "DDP", "shards"), **shape)
+    whole.clear()
     for name in list_weights():
-        recipe = weight_recipe_class(name)
-        answers = ("yes" if can else "no" for can in (recipe.ddp, recipe.shards))
+        recipe = weight_recipe(name)
+        answers = ("yes" if can else "no" for can in (recipe.ddp, recipe.unshardable is None))
         held.add_row(name, recipe.title, recipe.arxiv, recipe.summary, *answers)
+        if recipe.unshardable is not None:
+            whole.setdefault(recipe.unshardable, []).append(name)
     console.print()
     console.print(held)
+    for reason, names in whole.items():
+        console.print(f"  {', '.join(names)}: {reason}", highlight=False)
     console.print(f"\nadapters of peft (DDP, no shards): {', '.join(ADAPTERS)}", highlight=False)
     return 0

@@ -135,8 +135,13 @@ def trace_sharded(
     *,
     grad_accumulation: int = 1,
     logits_size: int | None = None,
+    before_step: Callable[[int], object] = lambda step: None,
 ) -> tuple[Timeline, dict[str, int]]:
     """`trace_training` of a simulated model that `fully_shard` has divided.
+
+    Args:
+        model, optimizer, loss, grad_accumulation, logits_size: see there.
+        before_step: called with the number of each step when its gradients are there.
 
     Returns:
         The timeline, and the bytes of collective calls in the forward and backward passes of a step.
@@ -146,6 +151,7 @@ def trace_sharded(
     def step() -> None:
         nonlocal steps
         before, steps = calls.bytes.copy(), steps + 1
+        before_step(steps - 1)
         # In a plain step all projected gradients are held together, until processes have agreed on them.
         rehearse_step(optimizer) if steps == 1 else optimizer.step()
         in_steps.update(calls.bytes - before)

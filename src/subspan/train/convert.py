@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 from subspan.checkpoint import read_optimizer, staged, verify, write_optimizer
 from subspan.checkpoint.foreign import foreign_optimizer
 from subspan.checkpoint.load import load_weights
-from subspan.checkpoint.save import OPTIMIZER, OPTIMIZER_JSON
+from subspan.checkpoint.save import LOW_RANK_JSON, OPTIMIZER, OPTIMIZER_JSON
 from subspan.checkpoint.single import check_free, copy_files
 from subspan.train.config import read_config
 from subspan.train.optimizer import build_optimizer, resolve
-from subspan.train.presets import build_model
+from subspan.train.presets import MERGE_FIRST, build_model
 
 __all__ = ["carry_over", "import_foreign"]
 
@@ -31,10 +31,12 @@ def carry_over(source: Path, target: Path, method: str | None, rank: int | None)
     Raises:
         CheckpointWriteError: ``target`` exists, or cannot be written.
         FileNotFoundError: there is no ``config.yaml``.
-        ValueError: ``source`` is not whole, or a method or a rank that cannot be.
+        ValueError: ``source`` is not whole or has weights of low rank, or a method or a rank that cannot be.
     """
     manifest = verify(source).raise_if_bad()
     check_free(target, manifest.step)
+    if LOW_RANK_JSON in manifest.files:
+        raise ValueError(f"{str(source)!r} holds a model with weights of low rank or adapters: {MERGE_FIRST}.")
     settings = source.resolve().parent / "config.yaml"
     if not settings.is_file():
         raise FileNotFoundError(

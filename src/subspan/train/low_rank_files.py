@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from subspan.checkpoint import latest, verify
 from subspan.checkpoint.load import load_weights, read_document
 from subspan.checkpoint.plain import read_plain, write_plain
-from subspan.checkpoint.save import OPTIMIZER, OPTIMIZER_JSON, TIED
-from subspan.checkpoint.states import model_tensors, optimizer_document, optimizer_state, state_names
+from subspan.checkpoint.save import LOW_RANK, LOW_RANK_JSON, OPTIMIZER, OPTIMIZER_JSON, TIED
+from subspan.checkpoint.states import is_sharded, model_tensors, optimizer_document, optimizer_state, state_names
 from subspan.checkpoint.tensors import empty_like, held_tensors, read_tensors, write_whole
 from subspan.nn.lowrank import LowRankWeights
 from subspan.optim import LowRankOptimizer
 from subspan.train.config import PretrainConfig, write_text
-from subspan.train.presets import LOW_RANK_FILE, build_model
+from subspan.train.presets import build_model
 from subspan.train.processes import Processes
 from subspan.train.weights import build_weights, named_weights
 
@@ -38,7 +38,6 @@ __all__ = [
     "write_low_rank",
 ]
 
-WEIGHTS_FILE = "low_rank.safetensors"
 #: Folder in a checkpoint with what peft's own ``from_pretrained`` reads.
 ADAPTER_FOLDER = "adapter"
 _SCHEMA = 1
@@ -55,7 +54,8 @@ def write_low_rank(
 ) -> None:
     """Write a model as it is trained: all its tensors, and what its layers are made from.
 
-    Every process calls it and the first one writes, also what the others have.
+    Every process calls it and the first one writes, also what the others have. What `fully_shard` has divided is
+    written with the parts of the optimizer.
     """
     tensors, tied = model_tensors(model)
     if weights.divided:
@@ -64,11 +64,12 @@ def write_low_rank(
     if not processes.first:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / WEIGHTS_FILE, tensors)
-    if tied:
-        write_plain(folder / TIED, tied)
+    if not is_sharded(tensors):
+        write_whole(folder / LOW_RANK, tensors)
+        if tied:
+            write_plain(folder / TIED, tied)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name in _SETTINGS}
-    write_text(folder / LOW_RANK_FILE, json.dumps({"schema": _SCHEMA, **settings}, indent=2) + "\n")
+    write_text(folder / LOW_RANK_JSON, json.dumps({"schema": _SCHEMA, **settings}, indent=2) + "\n")
     if config.adapter is not None:
         peft_model: Any = model
         # Else peft would ask the hub whether embeddings have grown.
@@ -143,7 +144,7 @@ def check_low_rank(folder: Path) -> PretrainConfig:
     Raises:
         ValueError: it holds an ordinary model, or the file cannot be used.
     """
-    file = folder / LOW_RANK_FILE
+    file = folder / LOW_RANK_JSON
     if not file.is_file():
         raise ValueError(
             f"{folder} holds an ordinary model, with no weights of low rank or adapters: start from its weights with "
@@ -169,7 +170,7 @@ def check_carried(config: PretrainConfig) -> None:
         return
     folder = Path(config.carry_over).expanduser()
     verify(folder, files=()).raise_if_bad()
-    if not config.low_rank and not (folder / LOW_RANK_FILE).is_file():
+    if not config.low_rank and not (folder / LOW_RANK_JSON).is_file():
         return
     held = check_low_rank(folder)
     if (held.adapter, held.weights) != (config.adapter, config.weights):

@@ -19,7 +19,7 @@ from subspan.memory.plan import PeakPlan, adamw_8bit_state_bytes
 from subspan.memory.processes import ProcessPlan, ddp_layouts, one_of, sharded_layouts, trace_sharded, with_buckets
 from subspan.memory.simulate import materialise, rehearse_step, simulated
 from subspan.memory.training import trace_training
-from subspan.nn.lowrank import LowRankWeights, list_weights
+from subspan.nn.lowrank import LowRankWeights, list_weights, weight_recipe
 from subspan.optim import LowRankOptimizer, create_optimizer, list_methods, method_info
 from subspan.optim.groups import unknown_setting
 from subspan.train.adapters import UNPLANNED
@@ -132,6 +132,8 @@ def plan_recipe(settings: PlanSettings) -> Recipe:
         optimizer, size = _optimizer(model, config, settings, text.hidden_size)
         loss, processes = _loss(model, settings), None
         if mesh is not None:
+            if weights is not None:  # those that can be divided do no more between steps
+                trained["before_step"] = weights.before_step
             plan, processes = _plan_sharded(model, optimizer, config, settings, mesh, loss, trained)
         else:
             step = functools.partial(rehearse_step, optimizer)
@@ -295,9 +297,14 @@ def left_out(settings: PlanSettings) -> dict[str, str]:
     """Recipes of ``compare`` that train no divided model, and why."""
     if settings.shard == "none":
         return {}
-    whole = {*BASELINES, *list_weights()}
-    reasons = {name: _WHOLE if name in whole else method_info(name).unshardable for name in _asked(settings)}
+    reasons = {name: _unshardable(name) for name in _asked(settings)}
     return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _unshardable(name: str) -> str | None:
+    if name in BASELINES:
+        return _WHOLE
+    return weight_recipe(name).unshardable if name in list_weights() else method_info(name).unshardable
 
 
 def _compared(settings: PlanSettings) -> list[str]:

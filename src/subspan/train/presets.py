@@ -10,19 +10,10 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
 
-__all__ = [
-    "LOW_RANK_FILE",
-    "MERGE_FIRST",
-    "PRESETS",
-    "GPT2Size",
-    "LlamaSize",
-    "build_model",
-    "model_tokenizer",
-    "skeleton",
-]
+from subspan.checkpoint.save import LOW_RANK_JSON
 
-#: In a checkpoint, says which weights of low rank it holds.
-LOW_RANK_FILE = "low_rank.json"
+__all__ = ["MERGE_FIRST", "PRESETS", "GPT2Size", "LlamaSize", "build_model", "model_tokenizer", "skeleton"]
+
 MERGE_FIRST = "make an ordinary model of it first, with subspan merge RUN_OR_CHECKPOINT MODEL_FOLDER"
 
 
@@ -144,7 +135,7 @@ def build_model(
                 f"{str(path)!r} holds the parts that several processes wrote; make a model of them first: "
                 f"subspan checkpoint convert {path} MODEL_FOLDER."
             )
-        if (path / LOW_RANK_FILE).is_file():
+        if (path / LOW_RANK_JSON).is_file():
             raise ValueError(f"{str(path)!r} holds a model with weights of low rank or adapters: {MERGE_FIRST}.")
         if not any(path.glob("*.safetensors")):
             if weights := [*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")]:

@@ -123,7 +123,7 @@ class SavingTrainer(Trainer):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         network: Any = self.network
-        if self.weights is not None and not self._is_sharded():
+        if self.weights is not None:
             write_low_rank(folder, network, self.weights, self.config, self.processes)
         if self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)

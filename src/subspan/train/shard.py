@@ -6,6 +6,7 @@ import dataclasses
 import os
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
@@ -42,14 +43,18 @@ def launch_settings(config: PretrainConfig) -> PretrainConfig:
 def shard_model(model: PreTrainedModel, mesh: DeviceMesh | None = None) -> None:
     """Divide the parameters over all processes, block by block, so that one block at a time is whole.
 
-    The blocks are those that the model says must not be split over devices.
+    The blocks are those that the model says must not be split over devices. The numbers are those of the first process:
+    factors that were computed may differ in rounding between machines, and would not fit each other.
 
     Args:
         model: the model.
         mesh: of the processes, on whose device the model is; None: that of all, on the accelerator if there is one.
     """
-    if mesh is None and (accelerator := torch.accelerator.current_accelerator()) is not None:
-        model.to(accelerator)  # type: ignore[arg-type]
+    if mesh is None:
+        if (accelerator := torch.accelerator.current_accelerator()) is not None:
+            model.to(accelerator)  # type: ignore[arg-type]
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.detach(), 0)
     blocks = set(model._no_split_modules or ())
     for module in model.modules():
         if type(module).__name__ in blocks:

@@ -78,7 +78,13 @@ def check_weights(config: PretrainConfig, processes: int) -> None:
             )
         if processes > 1 and not kind.ddp:
             raise ValueError(f"weights {config.weights!r} cannot be trained by several processes: start one.")
-        kind(**recipe).check_run(processes=processes, steps=config.steps, eval_every=config.eval_every)
+        settled = kind(**recipe)
+        settled.check_run(processes=processes, steps=config.steps, eval_every=config.eval_every)
+        if config.shard != "none" and settled.unshardable is not None:
+            raise ValueError(
+                f"shard is {config.shard!r}, but weights {config.weights!r} cannot be divided over processes "
+                f"({settled.unshardable}): leave shard out."
+            )
         # Of a run that is continued, perhaps by other processes, the batch is not known yet.
         if config.resume == "none" and config.batch_size % (shares := batch_shares(config, processes)):
             raise ValueError(
@@ -96,11 +102,11 @@ def check_weights(config: PretrainConfig, processes: int) -> None:
             raise ValueError(
                 f"measure_memory is true, but adapter {config.adapter!r} cannot be planned: leave measure_memory out."
             )
-    shards = config.adapter is None and weight_recipe_class(config.weights).shards
-    if config.shard != "none" and not shards:
-        raise ValueError(
-            f"shard is {config.shard!r}, but {named_weights(config)} cannot be divided over processes: leave shard out."
-        )
+        if config.shard != "none":
+            raise ValueError(
+                f"shard is {config.shard!r}, but adapter {config.adapter!r} cannot be divided over processes: leave "
+                "shard out."
+            )
     for name, allowed in (("gradient", "full"), ("weight_storage", "float")):
         if (value := getattr(config, name)) not in (None, allowed):
             raise ValueError(

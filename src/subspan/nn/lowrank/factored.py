@@ -15,6 +15,7 @@ from subspan.nn.lowrank.moments import carry_moments
 from subspan.nn.lowrank.select import check_untied, select_layers
 from subspan.nn.lowrank.state_transform import ResetState, transform_state
 from subspan.nn.lowrank.weights import LowRankWeights, WeightRecipe
+from subspan.optim.shards import is_sharded, local
 
 __all__ = ["Factored", "FactoredLinear", "FactoredWeights"]
 
@@ -105,9 +106,12 @@ class FactoredLinear(LowRankLayer):
         return B @ A
 
     def wide_factors(self) -> tuple[Tensor, Tensor]:
-        """A and B in at least float32, detached."""
+        """A and B in at least float32, detached, and whole where `fully_shard` has divided them."""
         dtype = torch.promote_types(self.factor_A.dtype, torch.float32)
-        return self.factor_A.detach().to(dtype), self.factor_B.detach().to(dtype)
+        A, B = self.factor_A.detach(), self.factor_B.detach()
+        if is_sharded(A):
+            A, B = A.full_tensor(), B.full_tensor()  # type: ignore[attr-defined]
+        return A.to(dtype), B.to(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """The product (x·Aᵀ)·Bᵀ + b."""
@@ -123,9 +127,9 @@ class FactoredLinear(LowRankLayer):
         A, B = self.wide_factors()
         gA, gB = self.factor_A.grad, self.factor_B.grad
         if gA is not None:
-            gA.add_((B.mT @ B) @ A, alpha=strength)
+            local(gA).add_(_own_rows((B.mT @ B) @ A, gA), alpha=strength)
         if gB is not None:
-            gB.add_(B @ (A @ A.mT), alpha=strength)
+            local(gB).add_(_own_rows(B @ (A @ A.mT), gB), alpha=strength)
         return gA is not None or gB is not None
 
     @torch.no_grad()
@@ -161,6 +165,16 @@ class FactoredLinear(LowRankLayer):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}"
+
+
+def _own_rows(X: Tensor, like: Tensor) -> Tensor:
+    """The rows of a whole matrix that this process has of one that is divided."""
+    if not is_sharded(like):
+        return X
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return local(distribute_tensor(X, mesh, placements, src_data_rank=None))  # which sends nothing
 
 
 def _right_sizes(S: Tensor) -> Tensor:
@@ -275,6 +289,13 @@ class Factored(WeightRecipe):
         for name in ("rebalance_gap", "momentum_reset_gap"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be 0 (never) or more.")
+
+    @property
+    def unshardable(self) -> str | None:
+        """Whatever changes factors or their moments between steps."""
+        gaps = {name: getattr(self, name) for name in ("rebalance_gap", "momentum_reset_gap")}
+        given = [f"{name}={gap}" for name, gap in gaps.items() if gap]
+        return f"{', '.join(given)}: that takes whole factors and moments; give 0" if given else None
 
     def apply(
         self,

@@ -80,7 +80,8 @@ class HeadsLinear(LowRankLayer):
         y = nn.functional.linear(x, self.W, bias)
         rows, H = (t.reshape(-1, t.shape[-1]) for t in (y, nn.functional.linear(x, A)))
         low_rank = torch.addmm(rows, H, B.to(y.dtype), alpha=self.scale / self.heads)
-        return low_rank.view(y.shape)
+        # Of a view of it FSDP warns: it could be changed in place, which nobody does here.
+        return torch.ops.aten._unsafe_view(low_rank, y.shape)  # type: ignore[no-any-return]
 
     def embed(self, ids: Tensor, embedding: nn.Embedding) -> Tensor:
         """Rows of the effective weight, for an embedding that is tied to this layer."""
@@ -106,6 +107,7 @@ class HeadsEmbedding(nn.Module):
         super().__init__()
         # In a tuple, so that the parameters keep the name that they have in the output layer.
         self._tied = (embedding, layer)
+        embedding.register_parameter("weight", None)  # else it would keep a whole one of a layer that is divided
 
     def forward(self, input: Tensor) -> Tensor:
         """Rows of the layer's effective weight."""
@@ -185,6 +187,11 @@ class MultiHeadLoRA(WeightRecipe):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 1.")
         if not self.alpha > 0:
             raise ValueError(f"alpha is {self.alpha!r}; it must be greater than 0.")
+
+    @property
+    def unshardable(self) -> str | None:
+        """Nothing: between steps nothing is done."""
+        return None
 
     def apply(
         self,

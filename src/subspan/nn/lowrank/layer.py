@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from subspan.nn.quantised import is_conv1d
 from subspan.optim.apply import read, store
+from subspan.optim.shards import is_sharded
 from subspan.optim.tiling import row_tiles
 from subspan.state import random_bits_of_runs
 
@@ -85,9 +86,18 @@ def merge_layers(model: nn.Module) -> list[str]:
 
     Returns:
         Names of the layers.
+
+    Raises:
+        ValueError: a layer that `fully_shard` has divided; nothing is changed.
     """
-    names = []
-    for name, layer in list(low_rank_layers(model)):
+    names, layers = [], list(low_rank_layers(model))
+    for name, layer in layers:
+        if any(is_sharded(parameter) for parameter in layer.parameters()):
+            raise ValueError(
+                f"{name or 'the layer'} is divided over processes and cannot be merged there: save a checkpoint, "
+                "load it into a model that is whole, and merge that (subspan merge does so for a run)"
+            )
+    for name, layer in layers:
         with torch.no_grad():
             replace_module(model, name, layer.dense())
         names.append(name)

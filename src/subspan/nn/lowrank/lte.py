@@ -242,6 +242,11 @@ class LTE(MultiHeadLoRA):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {' or '.join(allowed)}.")
 
+    @property
+    def unshardable(self) -> str | None:
+        """Processes have heads of their own."""
+        return "it divides its heads over the processes, each with the whole model"
+
     def check_run(self, *, processes: int, steps: int, eval_every: int) -> None:
         """Processes share the heads evenly, and are one model when it is evaluated: after a merge."""
         if self.heads % processes:

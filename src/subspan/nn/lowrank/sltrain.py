@@ -240,6 +240,11 @@ class SLTrain(WeightRecipe):
         if not 0 < self.delta < 1:
             raise ValueError(f"delta is {self.delta!r}; it must be between 0 and 1, without both.")
 
+    @property
+    def unshardable(self) -> str | None:
+        """Nothing: between steps nothing is done."""
+        return None
+
     def apply(
         self,
         model: nn.Module,

@@ -107,9 +107,13 @@ class WeightRecipe(ABC):
     title: ClassVar[str]
     arxiv: ClassVar[str]
     summary: ClassVar[str]
-    #: Whether several processes can train it, each with a copy (DistributedDataParallel), and divided (fully_shard).
+    #: Whether several processes can train it, each with a copy (DistributedDataParallel).
     ddp: ClassVar[bool] = True
-    shards: ClassVar[bool] = False
+
+    @property
+    def unshardable(self) -> str | None:
+        """Why it cannot train what `fully_shard` has divided, with these settings; None where it can."""
+        return "whole matrices take up the factors between steps"
 
     @abstractmethod
     def apply(
