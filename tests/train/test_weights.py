@@ -360,7 +360,7 @@ def test_a_killed_run_of_which_only_the_summary_is_missing(tmp_path: Path, monke
         ({"weights": "mhlora", "weight_settings": {"heads": "two"}}, "weight_settings"),
         ({"weights": "mhlora", "weight_settings": {"heads": 0}}, "heads is 0; it must be at least 1"),
         ({"weights": "relora", "weight_settings": {"rank": "two"}}, "rank is 'two'; it must be a whole number"),
-        ({"weights": "lte", "weight_settings": {"heads": 3}}, "batch_size is 4, which the 3 parallel heads"),
+        ({"weights": "lte", "weight_settings": {"heads": 3}}, "batch_size is 4, which 3 parallel heads"),
         ({"weight_settings": {"heads": 2}}, "choose a recipe with --weights"),
         ({"adapter_settings": {"r": 2}}, "choose one with --adapter"),
         ({"adapter": "lorra"}, "did you mean 'lora'"),
@@ -428,7 +428,7 @@ def test_settings_that_do_not_fit_the_model(tmp_path: Path, given: dict[str, Any
 def test_heads_that_cannot_divide_a_batch_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     changes = low_rank("lte", batch_size=3, data=str(tmp_path / "nowhere"), output=str(tmp_path / "none"))
     for resume in ("none", "auto"):
-        with pytest.raises(ValueError, match="batch_size is 3, which the 2 parallel heads of a process"):
+        with pytest.raises(ValueError, match="batch_size is 3, which 2 parallel heads cannot divide evenly"):
             run(tmp_path, resume=resume, **changes)
     assert not (tmp_path / "none").exists()
     # Two processes with a head each, continued by one with both.
