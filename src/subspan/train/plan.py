@@ -97,8 +97,8 @@ def plan_recipe(settings: PlanSettings) -> Recipe:
     config = _config(settings)
     if settings.adapter in UNPLANNED:
         raise ValueError(
-            f"adapter is {settings.adapter!r}, which computes with its first values, so that peft cannot make it "
-            "without memory: it cannot be planned. A run shows its weights and state when it starts."
+            f"adapter is {settings.adapter!r}, which peft makes by computing with its first values, so that it cannot be "
+            "planned. A run shows its weights and state when it starts."
         )
     if settings.method not in BASELINES:
         check_settings(config, settings.world_size)
