@@ -96,10 +96,8 @@ def plan_recipe(settings: PlanSettings) -> Recipe:
     """
     config = _config(settings)
     if settings.adapter in UNPLANNED:
-        raise ValueError(
-            f"adapter is {settings.adapter!r}, which peft makes by computing with its first values, so that it cannot be "
-            "planned. A run shows its weights and state when it starts."
-        )
+        why = "cannot be planned, since peft computes with its first values: start a run"
+        raise ValueError(f"adapter is {settings.adapter!r}, which {why}.")
     if settings.method not in BASELINES:
         check_settings(config, settings.world_size)
     elif settings.shard != "none":
