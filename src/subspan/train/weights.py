@@ -341,7 +341,13 @@ class WeightsCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """After the optimizer, before gradients are forgotten."""
+        unreached = _unreached(self.weights) if state.global_step == 0 else []
         lines = self.weights.end_step(state.global_step, self.optimizer)
+        if unreached:
+            lines.append(
+                f"no gradient reached the factors of {', '.join(unreached[:3])}{', ...' * (len(unreached) > 3)} "
+                f"({len(unreached)} of {len(self.weights.layers)} layers): leave them out with --exclude"
+            )
         if not lines:
             return
         step = state.global_step + 1
@@ -350,3 +356,13 @@ class WeightsCallback(TrainerCallback):
         for line in lines:
             text = f"step {step:>{len(str(state.max_steps))}}/{state.max_steps}  {line}"
             self.console.print(text, style="cyan", markup=False, highlight=False)
+
+
+def _unreached(weights: LowRankWeights) -> list[str]:
+    """Layers whose factors are trained and have no gradient: their module reads a weight past them, as Mamba's does."""
+    factors = {name: list(layer.factors().values()) for name, layer in weights.layers.items()}
+    return [
+        name
+        for name, own in factors.items()
+        if any(factor.requires_grad for factor in own) and all(factor.grad is None for factor in own)
+    ]
