@@ -188,6 +188,8 @@ def test_bad_settings_are_named() -> None:
         weight_recipe("mhlora", heads=0)
     with pytest.raises(ValueError, match="alpha is -1"):
         weight_recipe("mhlora", alpha=-1)
+    with pytest.raises(ValueError, match="alpha is inf; it must be greater than 0, and finite"):
+        weight_recipe("mhlora", alpha=float("inf"))
     with pytest.raises(ValueError, match="unknown recipe of weights 'mhlor'; did you mean 'mhlora'"):
         weight_recipe("mhlor")
     with pytest.raises(ValueError, match="unknown setting of mhlora 'head'; did you mean 'heads'"):

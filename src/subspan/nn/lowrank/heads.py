@@ -185,8 +185,8 @@ class MultiHeadLoRA(WeightRecipe):
         for name in ("heads", "rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 1.")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha is {self.alpha!r}; it must be greater than 0.")
+        if not 0 < self.alpha < float("inf"):
+            raise ValueError(f"alpha is {self.alpha!r}; it must be greater than 0, and finite.")
 
     @property
     def unshardable(self) -> str | None:
