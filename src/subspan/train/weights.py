@@ -25,7 +25,7 @@ from subspan.nn.lowrank import (
 )
 from subspan.optim import LowRankOptimizer, method_info
 from subspan.optim.names import canonical_name
-from subspan.train.adapters import UNPLANNED, adapter_factors, adapter_layers, apply_adapter, check_adapter
+from subspan.train.adapters import adapter_factors, adapter_layers, apply_adapter, check_adapter
 from subspan.train.callbacks import MetricsFile
 from subspan.train.config import PretrainConfig, check_types
 from subspan.train.processes import launched
@@ -98,10 +98,6 @@ def check_weights(config: PretrainConfig, processes: int) -> None:
             )
     if config.adapter is not None:
         check_adapter(config.adapter, config.adapter_settings)
-        if config.measure_memory and config.adapter in UNPLANNED:
-            raise ValueError(
-                f"measure_memory is true, but adapter {config.adapter!r} cannot be planned: leave measure_memory out."
-            )
         if config.shard != "none":
             raise ValueError(
                 f"shard is {config.shard!r}, but adapter {config.adapter!r} cannot be divided over processes: leave "
