@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from subspan.linalg import seeded_generator
 from subspan.nn.lowrank import LTE, low_rank_layers, weight_recipe
 from subspan.nn.lowrank.replicas import Replicas
-from subspan.optim import AdamW
+from subspan.optim import AdamW, create_optimizer
 
 from .test_heads import gpt2, llama, tokens
 
@@ -363,6 +363,8 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
     for name, recipe, max_norm in RUNS:
         weights = recipe.apply(Net(), target_modules=TARGETS)
         answers[name] = result(weights, optimizer_of(weights), max_norm)
+    for method in PROJECTED:
+        answers[method] = projected(method)
     try:
         LTE(heads=3, rank=2).apply(Net(), target_modules=TARGETS)
     except ValueError as error:
@@ -377,6 +379,26 @@ RUNS = [
 ]
 
 
+def started() -> list[tuple[str, Any, float]]:
+    return [(name, recipe.apply(Net(), target_modules=TARGETS), norm) for name, recipe, norm in RUNS]
+
+
+#: Methods whose subspaces are found from a sketch, drawn and kept, and drawn again in each step.
+PROJECTED: dict[str, dict[str, Any]] = {"galore": {}, "golore": {"golore_after": 0}, "apollo": {}}
+
+
+def projected(method: str) -> dict[str, Tensor]:
+    """The model after some steps in which the gradients of the factors were projected."""
+    weights = RUNS[0][1].apply(Net(), target_modules=TARGETS)
+    factors = {id(factor) for factor in weights.factors().values()}
+    named = list(weights.model.named_parameters())
+    groups = [
+        {"params": [(name, p) for name, p in named if id(p) in factors], "rank": 2, "update_proj_gap": 2},
+        {"params": [(name, p) for name, p in named if id(p) not in factors]},
+    ]
+    return result(weights, create_optimizer(method, groups, lr=0.01, **PROJECTED[method]), 0.5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_one_process_with_all_heads_is_several_with_some(world: int, tmp_path: Path) -> None:
@@ -385,12 +407,11 @@ def test_one_process_with_all_heads_is_several_with_some(world: int, tmp_path: P
         port = free.getsockname()[1]
     mp.spawn(worker, (world, port, str(tmp_path)), nprocs=world)
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
-    for name, recipe, max_norm in RUNS:
-        weights = recipe.apply(Net(), target_modules=TARGETS)
-        whole = result(weights, optimizer_of(weights), max_norm)
+    expected = {name: result(w, optimizer_of(w), norm) for name, w, norm in started()}
+    for name, whole in (expected | {method: projected(method) for method in PROJECTED}).items():
         for key, value in whole.items():
             held = [part[name][key] for part in parts if key in part[name]]
-            if "lora_" in key or "merged_" in key or (key == "first.bias" and "replicated" in name):
+            if "lora_" in key or "merged_" in key or (key == "first.bias" and "shared" not in name):
                 held = [torch.cat(held)]
             assert held, key
             for other in held:

@@ -103,7 +103,7 @@ def _makes_host_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 def real_indices() -> Iterator[None]:
     """What is made on the meta device has no numbers but for indices, which Python code reads: they are on the CPU.
 
-    Adapters that permute or pick entries make their layers so. Ranges and what is an integer from the first are indices.
+    Adapters that permute or pick entries make their layers so. Ranges and integer factories are indices.
 
     Example:
         >>> with torch.device("meta"), real_indices():

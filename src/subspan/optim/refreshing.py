@@ -148,7 +148,10 @@ class Refreshing(StoredOptimizer):
         if not geometry.projected or 0 in operator.shape:  # this process may have none of a stack
             return Found({})
         generator = seeded_generator(self.seed, self._partners(name)[0], int(state["refreshes"]))
-        return self.method.subspace.find(operator, geometry, generator=generator, step=step, group=group)
+        shards = self._shards(name, parameter, group)
+        drawn = shards.drawn(geometry)
+        found = self.method.subspace.find(operator, drawn, generator=generator, step=step, group=group)
+        return replace(found, tensors=shards.kept(found.tensors, geometry))
 
     def _go_over(self, name: str, parameter: Tensor, found: Found, group: dict[str, Any], step: int) -> Tensor | None:
         """Go over to the subspace that was found, carrying the moments; returns its projected gradient if known."""

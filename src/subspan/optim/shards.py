@@ -20,7 +20,7 @@ from subspan.optim.projection import Projection, Selection
 from subspan.state import StateSpec
 
 if TYPE_CHECKING:
-    from subspan.optim.method import Update
+    from subspan.optim.method import Geometry, State, Update
 
 
 def is_sharded(X: Tensor) -> bool:
@@ -43,6 +43,14 @@ def shard_group(mesh: Any) -> Any:
     return mesh.get_group(mesh.ndim - 1)
 
 
+def mark_part(parameter: Tensor, size: int, first: int) -> None:
+    """Mark a parameter as a part of a stack of ``size`` matrices, from number ``first`` on.
+
+    The other parts are parameters of other processes. Its subspaces are drawn as they are where one has the stack.
+    """
+    parameter.part_of = (size, first)  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
 class Shards:
     """How one parameter, its projected gradient and its state lie on the processes.
@@ -53,6 +61,7 @@ class Shards:
         stack: number of matrices, where the parameter is a stack of which each process has some.
         divides_basis: hold a piece of the basis also where all of it is used in each step, which gathers it each time.
         mesh: of the parameter; None where it is whole.
+        part_of: see `mark_part`.
     """
 
     division: Division | None = None
@@ -60,12 +69,24 @@ class Shards:
     stack: int | None = None
     divides_basis: bool = False
     mesh: Any = None
+    part_of: tuple[int, int] | None = None
 
     def operator(self, G: Tensor) -> MatrixOperator:
         """The whole oriented gradient, of which G is the piece of this process."""
         if self.division is not None:
             return DividedOperator(G, self.division)
-        return DenseOperator(G, None if self.stack is None else (self.stack, self.own(self.stack).start))
+        return DenseOperator(G, self.part_of if self.stack is None else (self.stack, self.own(self.stack).start))
+
+    def drawn(self, geometry: Geometry) -> Geometry:
+        """The geometry for which subspaces are drawn: of a marked part that of the whole stack."""
+        return geometry if self.part_of is None else replace(geometry, batch=(self.part_of[0], *geometry.batch[1:]))
+
+    def kept(self, tensors: State, geometry: Geometry) -> State:
+        """Of tensors that were drawn for the whole stack those of a marked part."""
+        if self.part_of is None:
+            return tensors
+        (size, first), count = self.part_of, geometry.batch[0]
+        return {key: X[first : first + count] if X.shape[:1] == (size,) else X for key, X in tensors.items()}
 
     def project(self, projection: Projection, G: Tensor) -> Tensor:
         """R = PᵀG: the columns of this process."""

@@ -144,7 +144,8 @@ def adapter_config(adapter: str, settings: dict[str, Any], layers: list[str], dr
         if isinstance(values[name], str) and annotations[name] in ("int", "float"):
             raise ValueError(f"adapter_settings.{name} is {values[name]!r}; it must be a number.")
     values |= own
-    if not drawn and isinstance(values.get("init_lora_weights"), str):
+    # What freezes B stays: peft finds no values for it on the meta device.
+    if not drawn and isinstance(values.get("init_lora_weights"), str) and values["init_lora_weights"].lower() != "mica":
         values["init_lora_weights"] = True
     if adapter == "ia3":
         values.setdefault("feedforward_modules", [])

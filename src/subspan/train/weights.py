@@ -96,6 +96,11 @@ def check_weights(config: PretrainConfig, processes: int) -> None:
                 "optimizer.rank_policy is 'tolerance', which gives copies in several processes ranks of their own, so "
                 "that they cannot be saved together: leave it out, or start one process."
             )
+        if processes > 1 and issubclass(kind, LTE) and config.method == "q_galore" and config.project == "factors":
+            raise ValueError(
+                "method is 'q_galore', which gives heads in several processes gaps of their own, so that they cannot "
+                "be saved together: give --method galore_8bit, or start one process."
+            )
     if config.adapter is not None:
         check_adapter(config.adapter, config.adapter_settings)
         if config.shard != "none":
