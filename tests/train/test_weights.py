@@ -255,6 +255,14 @@ def test_adapters_are_planned_and_merged(tmp_path: Path, name: str) -> None:
     assert_planned(tmp_path, adapter=name, adapter_settings=ADAPTER_SETTINGS.get(name, {}))
 
 
+def test_first_values_that_freeze_a_factor_are_planned(tmp_path: Path) -> None:
+    from peft.tuners.lora import LoraLayer
+
+    if not hasattr(LoraLayer, "mica_init"):
+        pytest.skip("needs a newer peft")
+    assert_planned(tmp_path, adapter="lora", adapter_settings={"r": 4, "init_lora_weights": "mica"})
+
+
 @pytest.mark.parametrize("project", ["factors", "others", "merged"])
 def test_projected_gradients(tmp_path: Path, project: Any) -> None:
     chosen = {"weights": "mhlora", "weight_settings": small("mhlora"), "method": "galore", "rank": 3}
@@ -401,6 +409,11 @@ def test_what_several_processes_with_heads_of_their_own_refuse() -> None:
     check_settings(PretrainConfig(**given), 2)
     with pytest.raises(ValueError, match="rank_policy is 'tolerance', which gives copies"):
         check_settings(PretrainConfig(**given, optimizer={"rank_policy": "tolerance"}), 2)
+    given |= {"method": "q_galore", "weight_storage": "float"}
+    check_settings(PretrainConfig(**given), 2)
+    check_settings(PretrainConfig(**given | {"project": "factors", "rank": 2}), 1)
+    with pytest.raises(ValueError, match="method is 'q_galore', which gives heads in several processes gaps of their"):
+        check_settings(PretrainConfig(**given | {"project": "factors", "rank": 2}), 2)
     with pytest.raises(ValueError, match="processes share parallel heads: plan one of them"):
         plan_recipe(PlanSettings(model="llama_9m", weights="lte", batch_size=4, world_size=2))
 

@@ -20,7 +20,7 @@ from subspan.optim.projection import Projection, Selection
 from subspan.state import StateSpec
 
 if TYPE_CHECKING:
-    from subspan.optim.method import Geometry, State, Update
+    from subspan.optim.method import Found, Geometry, Subspace, Update
 
 
 def is_sharded(X: Tensor) -> bool:
@@ -77,16 +77,14 @@ class Shards:
             return DividedOperator(G, self.division)
         return DenseOperator(G, self.part_of if self.stack is None else (self.stack, self.own(self.stack).start))
 
-    def drawn(self, geometry: Geometry) -> Geometry:
-        """The geometry for which subspaces are drawn: of a marked part that of the whole stack."""
-        return geometry if self.part_of is None else replace(geometry, batch=(self.part_of[0], *geometry.batch[1:]))
-
-    def kept(self, tensors: State, geometry: Geometry) -> State:
-        """Of tensors that were drawn for the whole stack those of a marked part."""
+    def find(self, subspace: Subspace, operator: MatrixOperator, geometry: Geometry, **kwargs: Any) -> Found:
+        """The subspace; what is drawn without looking at the gradient is drawn for the whole of a marked stack."""
         if self.part_of is None:
-            return tensors
-        (size, first), count = self.part_of, geometry.batch[0]
-        return {key: X[first : first + count] if X.shape[:1] == (size,) else X for key, X in tensors.items()}
+            return subspace.find(operator, geometry, **kwargs)
+        (size, first), (count, *rest) = self.part_of, geometry.batch
+        found = subspace.find(operator, replace(geometry, batch=(size, *rest)), **kwargs)
+        drawn = found.tensors.items()
+        return replace(found, tensors={k: X[first : first + count] if X.shape[:1] == (size,) else X for k, X in drawn})
 
     def project(self, projection: Projection, G: Tensor) -> Tensor:
         """R = PᵀG: the columns of this process."""
