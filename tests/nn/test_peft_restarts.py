@@ -119,6 +119,7 @@ def test_the_function_stays_the_base_moves_and_gradients_flow(kind: str) -> None
     assert (model(x) - before(x)).abs().max() <= 1e-5
     model.train()
     assert all(p is q for p, q in zip(trained, weights.factors().values(), strict=True))  # the optimizer has them
+    assert all(layer._merged is None for layer in weights.layers.values())  # nor is a second weight kept
     for name, layer in weights.layers.items():
         after = layer.layer.get_base_layer().state_dict()
         assert any(not torch.equal(value, bases[name][key]) for key, value in after.items())

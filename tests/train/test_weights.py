@@ -278,12 +278,50 @@ def test_groups(tmp_path: Path) -> None:
         "factors": (0.5, 0.1),
         "factors, B": (8.0, 0.1),
     }
+    assert {(row.name.rpartition("lora_")[2][0], row.lr) for row in optimizer.rows()} == {("A", 0.5), ("B", 8.0)}
+    *_, optimizer = built(tmp_path, adapter="dora", **scales)
+    assert {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups} == {
+        "factors": (0.5, 0.1),
+        "factor vectors": (0.5, 0.0),
+    }
+    merged = {"method": "galore", "rank": 3, "project": "merged"}
+    *_, optimizer = built(tmp_path, weights="mhlora", weight_settings=small("mhlora"), **merged, **scales)
+    assert {group["name"]: group["lr"] for group in optimizer.param_groups}["merged"] == 0.5
     *_, optimizer = built(tmp_path, weights="mhlora", weight_settings=small("mhlora"), **scales)
     assert {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups} == {
         "factors": (0.5, 0.1),
         "others": (2.0, 0.1),
         "vectors": (2.0, 0.0),
     }
+
+
+def test_the_rank_of_projections_by_default() -> None:
+    def rank(project: Any, **given: Any) -> int | None:
+        return resolve(PretrainConfig(method="galore", project=project, **given), 64).rank
+
+    heads = {"weights": "mhlora", "weight_settings": {"rank": 12}}
+    assert [rank(project, **heads) for project in ("factors", "others", "merged")] == [3, 16, 16]
+    assert rank("factors", adapter="lora") == 2
+    assert rank("factors", adapter="lora", adapter_settings={"r": 20}) == 5
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"weights": "mhlora", "weight_settings": {"rank": 4}},
+        {"adapter": "lora"},
+        {"adapter": "lora", "weights": "relora", "weight_settings": {"restart_every": 9}},
+    ],
+)
+def test_what_is_drawn_follows_from_the_seed_of_the_run(tmp_path: Path, given: dict[str, Any]) -> None:
+    drawn = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(len(drawn))
+        base = build_model(str(tmp_path / "model.json"), seq_len=16)
+        weights = build_weights(base, PretrainConfig(seed=seed, **given))[1]
+        assert weights is not None and weights.seed == seed
+        drawn.append(next(factor for name, factor in weights.factors().items() if "lora_A" in name))
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
 def test_biases_of_parallel_heads_are_vectors(tmp_path: Path) -> None:
