@@ -370,6 +370,9 @@ def test_settings_of_a_run() -> None:
         ReLoRA(rank=4, full_rank_steps=8).apply(network(), steps=8)
     with pytest.raises(ValueError, match=r"momentum is 1\.0"):
         weight_recipe("periodic_lora", momentum=1.0)
+    for momentum in (0.0, 0.5):
+        layers: Any = PeriodicLoRA(rank=4, restart_every=8, dropout=0.3, momentum=momentum).apply(network()).layers
+        assert [layer.dropout for layer in layers.values()] == [0.3, 0.3]
     parts = ReLoRA().parts(20_000)  # the paper's cycles
     assert (parts["when"].period, parts["rewarm"].steps) == (5000, 100)
     assert [ReLoRA(restart_every=period).parts()["rewarm"].steps for period in (400, 600, 12)] == [10, 12, 6]
