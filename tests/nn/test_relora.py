@@ -202,6 +202,14 @@ def test_the_switch_forgets_the_gradients_of_what_is_frozen() -> None:
     assert all(layer.weight.grad is None for layer in layers)
 
 
+def test_a_dense_start_leaves_the_factors_out() -> None:
+    layer, x = RestartedLinear(nn.Linear(12, 10), rank=3, scale=1.0), torch.randn(4, 12)
+    nn.init.constant_(layer.lora_A, float("nan"))
+    assert not layer(x).isfinite().any()
+    layer.adapt_(False)
+    assert layer(x).isfinite().all()
+
+
 def test_lazy_adapters_come_in_the_last_steps() -> None:
     weights = ReLoRA(rank=4, lazy=0.1).apply(network(), steps=100)
     for step, adapts in ((0, False), (89, False), (90, True), (99, True)):
