@@ -121,6 +121,7 @@ def test_one_choice_for_all_moments(kind: str, settings: Any, transform: Any) ->
     assert share == pytest.approx(expected, abs=0.02)
     assert pruned.zeroed / pruned.total == pytest.approx(expected, abs=0.02)
     kept = v != 0
+    assert not any(after[key][~kept].any() for key in before.keys() - {"step"})  # the largest of AMSGrad too
     if settings.get("moments") is None:  # codes of blocks are scaled anew
         for key in before.keys() - {"step"}:
             assert torch.equal(after[key][kept], before[key][kept])
