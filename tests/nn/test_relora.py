@@ -246,6 +246,16 @@ def test_the_rank_of_the_sum_grows() -> None:
     assert torch.linalg.matrix_rank(change, rtol=1e-4) == 6  # two restarts
 
 
+def test_each_layer_and_each_cycle_has_factors_of_its_own() -> None:
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
+    weights: Any = ReLoRA(rank=4, restart_every=5).apply(model)
+    drawn = []
+    for step in (4, 9):
+        weights.restart(step)
+        drawn += [float(layer.lora_A.detach().sum()) for layer in weights.layers.values()]
+    assert len(set(drawn)) == 4
+
+
 def test_the_first_factors() -> None:
     layer = RestartedLinear(nn.Linear(100, 8), rank=64, scale=1.0)
     layer.reset_(torch.Generator().manual_seed(0))
