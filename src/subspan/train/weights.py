@@ -203,8 +203,6 @@ def build_weights(model: PreTrainedModel, config: PretrainConfig) -> tuple[Any, 
             exclude=config.exclude,
             seed=config.seed,
         )
-        if config.activation_checkpointing:
-            model.enable_input_require_grads()
         if isinstance(recipe, (ReLoRA, PeriodicLoRA)):
             weights = restart_peft(weights.model, recipe, steps=config.steps, seed=config.seed)
     else:
