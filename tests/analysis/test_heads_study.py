@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections.abc import Callable
@@ -146,6 +147,8 @@ def test_a_row_that_does_not_fit_has_a_reason(tmp_path: Path, monkeypatch: pytes
         ({"heads": [3]}, "batch_size is 4, which 3 parallel heads cannot divide evenly: give a multiple of 3"),
         ({"rounds": 0}, "rounds is 0"),
         ({"seq_len": 1}, "seq_len is 1"),
+        ({"vocab_size": 1}, "vocab_size is 1; it must be at least 2 tokens"),
+        ({"ranks": [1, 33]}, r"rank is 33, but .* is a matrix \(32, 32\)"),
         ({"dtype": "float16"}, "dtype is 'float16'; it must be float32, bfloat16 or amp"),
         ({"others": "copied"}, "others is 'copied'; it must be replicated or shared"),
         ({"device": "gpu"}, "device 'gpu' is unknown"),
@@ -169,3 +172,16 @@ def test_what_has_no_heads_may_be_shared(tmp_path: Path) -> None:
 def test_half_precision(tmp_path: Path, dtype: str) -> None:
     rows = bench(tmp_path, [2], [2], dtype=dtype)
     assert [row.reason for row in rows] == [None] * 3
+
+
+def test_a_vocabulary_of_its_own(tmp_path: Path) -> None:
+    config = StudiedModel(str(write_model(tmp_path)), 8, 4, "logit", vocab_size=500)
+    held = Contender(config, recipe_of("sequential", 2, 3))
+    assert held.model.config.vocab_size == 500 and int(held.batch.max()) >= VOCABULARY
+    assert count_trained(held.model) == trained_parameters(config, 2, 3)
+    checkpoint = tmp_path / "checkpoint"
+    dataclasses.replace(config, vocab_size=None).build().save_pretrained(checkpoint)
+    with pytest.raises(ValueError, match=f"vocab_size is 200, but model .* has weights for {VOCABULARY} tokens"):
+        StudiedModel(str(checkpoint), 8, 4, vocab_size=200).build()
+    row = bench(tmp_path, [2], [2], model=str(checkpoint), target_modules="logit")[-1]
+    assert row.reason is None and row.trained == trained_parameters(StudiedModel(str(checkpoint), 8, 4, "logit"), 2, 2)

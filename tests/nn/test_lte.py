@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from references.lte import LTEReference
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from subspan.linalg import seeded_generator
 from subspan.nn.lowrank import LTE, low_rank_layers, weight_recipe
@@ -415,6 +416,24 @@ def test_bad_use_is_named() -> None:
 
     with pytest.raises(ValueError, match="holds parameters of its own beside other modules"):
         LTE(heads=2, rank=2).apply(Bare())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_computes_again_after_a_batch_of_another_size(reentrant: bool) -> None:
+    def gradients(**again: Any) -> dict[str, Tensor]:
+        model = Net()
+        plain = model.forward
+        if again:
+            model.forward = lambda x: checkpoint(plain, x, **again)  # type: ignore[method-assign]
+        weights = LTE(heads=2, rank=3, alpha=6).apply(model, target_modules=TARGETS)
+        sum(loss(model, data(step, size).requires_grad_()) for step, size in enumerate((8, 4))).backward()
+        assert weights.batch.sequences == 4
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, found = gradients(), gradients(use_reentrant=reentrant)
+    assert expected.keys() == found.keys()
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
 
 
 def result(weights: Any, optimizer: torch.optim.Optimizer, max_norm: float) -> dict[str, Tensor]:

@@ -257,7 +257,7 @@ def test_each_layer_and_each_cycle_has_factors_of_its_own() -> None:
 
 
 def test_the_first_factors() -> None:
-    layer = RestartedLinear(nn.Linear(100, 8), rank=64, scale=1.0)
+    layer = RestartedLinear(nn.Linear(100, 64), rank=64, scale=1.0)
     layer.reset_(torch.Generator().manual_seed(0))
     A = layer.lora_A.detach() * 100**0.5
     assert not layer.lora_B.any() and A.abs().max() <= 1

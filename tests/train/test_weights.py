@@ -1,10 +1,8 @@
-"""Runs with weights of low rank: stopped and continued, planned, merged; and what is refused."""
+"""Runs with weights of low rank: stopped and continued, merged, carried over."""
 
 from __future__ import annotations
 
-import dataclasses
 import io
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,57 +11,22 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from subspan.checkpoint.save import LOW_RANK as WEIGHTS_FILE
-from subspan.memory.plan import PeakPlan
-from subspan.memory.training import trace_training
-from subspan.nn.lowrank import LowRankWeights, list_weights, weight_recipe_class
+from subspan.nn.lowrank import LowRankWeights, list_weights
 from subspan.optim import LowRankOptimizer
 from subspan.train.config import PretrainConfig
 from subspan.train.low_rank_files import check_low_rank, merge_run
-from subspan.train.optimizer import build_optimizer, check_settings, resolve
-from subspan.train.plan import _between_steps, plan_recipe, prepare
-from subspan.train.plan_settings import PlanSettings
 from subspan.train.presets import build_model
 from subspan.train.pretrain import pretrain
-from subspan.train.run_folder import shared_batch
 from subspan.train.trainer import PretrainTrainer
-from subspan.train.weights import batch_shares, build_weights
+from subspan.train.weights import build_weights
+from tests.train.low_rank_runs import SHORT, assert_planned, logits, low_rank
 from tests.train.micro import Killed, metrics, repeatable, run, settings, stop_after, write_model
 
-#: Values for a model of width 32, with a cycle that ends at step 4 of 8.
-SMALL = {
-    "rank": 4, "heads": 2, "alpha": 8.0, "merge_every": 4, "restart_every": 4, "first_gap": 4, "rewarm": 2,
-    "rebalance_gap": 4, "product_decay": 0.01, "unload_every": 4,
-}  # fmt: skip
-#: A checkpoint in the middle of the first cycle, and one in that of the second.
-SHORT = {"steps": 8, "save_every": 3, "eval_every": 8, "log_every": 2, "optimizer": {}, "lr": 1e-3}
-
-
-@pytest.fixture(autouse=True)
-def one_layer(tmp_path: Path) -> None:
-    """A text, and a model of a single layer."""
-    settings(tmp_path)
-    write_model(tmp_path, num_hidden_layers=1)
-
-
-def small(name: str) -> dict[str, Any]:
-    known = {field.name for field in dataclasses.fields(weight_recipe_class(name))}
-    return {key: value for key, value in SMALL.items() if key in known}
-
-
-def low_rank(name: str, **changes: Any) -> dict[str, Any]:
-    """Settings of a short run with a recipe."""
-    return {**SHORT, "weights": name, "weight_settings": small(name), "rank": None} | changes
-
-
-def logits(model: nn.Module) -> Tensor:
-    ids = torch.arange(24).remainder(300).view(2, 12)
-    with torch.no_grad():
-        found: Tensor = model.eval()(input_ids=ids).logits
-    return found
+pytestmark = pytest.mark.usefixtures("one_layer")
 
 
 def trained_model(checkpoint: Path) -> nn.Module:
@@ -190,186 +153,6 @@ def test_what_is_done_to_the_weights_is_said(tmp_path: Path, monkeypatch: pytest
     assert [line["learning_rate"] for line in lines if "loss" in line] == [0.5e-3] * 3
 
 
-def built(folder: Path, **changes: Any) -> tuple[Any, LowRankWeights, LowRankOptimizer]:
-    """Model, weights and optimizer of a run."""
-    config = PretrainConfig(model=str(folder / "model.json"), seq_len=16, **changes)
-    check_settings(config)
-    config = resolve(config, 32)
-    model = build_model(config.model, seq_len=16, dtype=getattr(torch, config.dtype))
-    prepare(model, False)
-    trained, weights = build_weights(model, config)
-    assert weights is not None
-    return trained, weights, build_optimizer(trained, config)
-
-
-def assert_planned(folder: Path, **changes: Any) -> None:
-    """The plan is what two steps take; each layer learns, and the merged model computes the same."""
-    model, weights, optimizer = built(folder, **changes)
-    tokens = torch.arange(64).remainder(300).view(4, 16)
-    loss, _ = _between_steps(weights, optimizer, lambda: model(input_ids=tokens, labels=tokens).loss, 1)
-    learnt: set[str] = set()
-    steps = itertools.count()
-
-    def step() -> None:
-        now = next(steps)
-        weights.before_step(now)
-        for name, factor in weights.factors().items():
-            if factor.grad is not None and factor.grad.any():
-                learnt.add(name.rpartition(".")[0].partition("_proj")[0])
-        optimizer.step()
-        weights.end_step(now, optimizer)
-
-    real = PeakPlan.of(trace_training(model, optimizer, loss, step=step, logits_size=300))
-    given = {"model": str(folder / "model.json"), "batch_size": 4, "seq_len": 16, "device": "cpu", **changes}
-    plan = plan_recipe(PlanSettings(**given)).bytes
-    assert plan.most == real.most and plan.peak == real.peak
-    assert len(learnt) == 7 or "vblora" in str(changes)
-    before = logits(model)
-    weights.merge()
-    close = 0.05 if changes.get("dtype") == "bfloat16" else 1e-4
-    torch.testing.assert_close(logits(weights.model), before, rtol=close, atol=close)
-
-
-@pytest.mark.parametrize(("name", "dtype"), [("mhlora", "bfloat16"), *((name, "float32") for name in list_weights())])
-def test_planned_bytes_are_those_of_a_run(tmp_path: Path, name: str, dtype: str) -> None:
-    assert_planned(tmp_path, weights=name, weight_settings=small(name), dtype=dtype)
-
-
-#: Of adapters whose defaults are too large for the model.
-ADAPTER_SETTINGS: dict[str, dict[str, Any]] = {
-    "randlora": {"r": 4},
-    "vera": {"r": 4},
-    "boft": {"boft_block_size": 4},
-    "oft": {"oft_block_size": 4},
-    "fourierft": {"n_frequency": 20},
-    "vblora": {"num_vectors": 20, "vector_length": 16},
-}
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["lora", "rslora", "dora", "pissa", "olora", "loha", "lokr", "vera", "randlora", "hra", "oft", "boft", "ia3",
-     "fourierft", "vblora", "hira"],
-)  # fmt: skip
-def test_adapters_are_planned_and_merged(tmp_path: Path, name: str) -> None:
-    assert_planned(tmp_path, adapter=name, adapter_settings=ADAPTER_SETTINGS.get(name, {}))
-
-
-def test_first_values_that_freeze_a_factor_are_planned(tmp_path: Path) -> None:
-    from peft.tuners.lora import LoraLayer
-
-    if not hasattr(LoraLayer, "mica_init"):
-        pytest.skip("needs a newer peft")
-    assert_planned(tmp_path, adapter="lora", adapter_settings={"r": 4, "init_lora_weights": "mica"})
-
-
-@pytest.mark.parametrize("project", ["factors", "others", "merged"])
-def test_projected_gradients(tmp_path: Path, project: Any) -> None:
-    chosen = {"weights": "mhlora", "weight_settings": small("mhlora"), "method": "galore", "rank": 3}
-    assert_planned(tmp_path, project=project, **chosen)
-    _, _, optimizer = built(tmp_path, project=project, **chosen)
-    projected = [row.name for row in optimizer.rows() if row.rank is not None]
-    parts = {"factors": "lora_", "others": ("embed", "lm_head"), "merged": "proj.weight"}[project]
-    expected = [
-        row.name
-        for row in optimizer.rows()
-        if any(part in row.name for part in ([parts], parts)[isinstance(parts, tuple)])
-    ]
-    assert projected == expected and len(projected) == {"factors": 14, "others": 2, "merged": 7}[project]
-
-
-def test_groups(tmp_path: Path) -> None:
-    scales = {"lr": 1.0, "lr_scale": 0.5, "other_lr_scale": 2.0, "weight_decay": 0.1}
-    *_, optimizer = built(tmp_path, adapter="lora", adapter_settings={"lora_plus_ratio": 16}, **scales)
-    assert {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups} == {
-        "factors": (0.5, 0.1),
-        "factors, B": (8.0, 0.1),
-    }
-    assert {(row.name.rpartition("lora_")[2][0], row.lr) for row in optimizer.rows()} == {("A", 0.5), ("B", 8.0)}
-    *_, optimizer = built(tmp_path, adapter="dora", **scales)
-    assert {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups} == {
-        "factors": (0.5, 0.1),
-        "factor vectors": (0.5, 0.0),
-    }
-    merged = {"method": "galore", "rank": 3, "project": "merged"}
-    *_, optimizer = built(tmp_path, weights="mhlora", weight_settings=small("mhlora"), **merged, **scales)
-    assert {group["name"]: group["lr"] for group in optimizer.param_groups}["merged"] == 0.5
-    *_, optimizer = built(tmp_path, weights="mhlora", weight_settings=small("mhlora"), **scales)
-    assert {group["name"]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups} == {
-        "factors": (0.5, 0.1),
-        "others": (2.0, 0.1),
-        "vectors": (2.0, 0.0),
-    }
-
-
-def test_the_rank_of_projections_by_default() -> None:
-    def rank(project: Any, **given: Any) -> int | None:
-        return resolve(PretrainConfig(method="galore", project=project, **given), 64).rank
-
-    heads = {"weights": "mhlora", "weight_settings": {"rank": 12}}
-    assert [rank(project, **heads) for project in ("factors", "others", "merged")] == [3, 16, 16]
-    assert rank("factors", adapter="lora") == 2
-    assert rank("factors", adapter="lora", adapter_settings={"r": 20}) == 5
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"weights": "mhlora", "weight_settings": {"rank": 4}},
-        {"adapter": "lora"},
-        {"adapter": "lora", "weights": "relora", "weight_settings": {"restart_every": 9}},
-    ],
-)
-def test_what_is_drawn_follows_from_the_seed_of_the_run(tmp_path: Path, given: dict[str, Any]) -> None:
-    drawn = []
-    for seed in (5, 5, 6):
-        torch.manual_seed(len(drawn))
-        base = build_model(str(tmp_path / "model.json"), seq_len=16)
-        weights = build_weights(base, PretrainConfig(seed=seed, **given))[1]
-        assert weights is not None and weights.seed == seed
-        drawn.append(next(factor for name, factor in weights.factors().items() if "lora_A" in name))
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-
-
-@pytest.mark.parametrize("adapter", [None, "lora"])
-def test_restarts_know_the_length_of_the_run(tmp_path: Path, adapter: Any) -> None:
-    base = build_model(str(tmp_path / "model.json"), seq_len=16)
-    weights: Any = build_weights(base, PretrainConfig(weights="relora", adapter=adapter, steps=40))[1]
-    assert weights.steps == 40 and [step for step in range(40) if weights.due(step)] == [9, 19, 29]
-
-
-def test_biases_of_parallel_heads_are_vectors(tmp_path: Path) -> None:
-    write_model(tmp_path, num_hidden_layers=1, attention_bias=True)
-    *_, optimizer = built(tmp_path, weights="lte", weight_settings=small("lte"), weight_decay=0.1)
-    decayed = {row.name for row in optimizer.rows() if row.weight_decay}
-    assert not [name for name in decayed if name.endswith("bias")]
-    assert any(name.endswith("lora_A") for name in decayed)
-
-
-def test_an_adapter_is_added_to_bfloat16_weights_with_one_rounding(tmp_path: Path) -> None:
-    model, weights, _ = built(tmp_path, adapter="lora", dtype="bfloat16")
-    layer = model.base_model.model.model.layers[0].mlp.up_proj
-    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    nn.init.normal_(B, std=0.01)
-    expected = (layer.weight.float() + B.float() @ A.float()).bfloat16()  # alpha is r
-    weights.merge()
-    merged: Any = weights.model
-    assert torch.equal(merged.model.layers[0].mlp.up_proj.weight, expected)
-
-
-@pytest.mark.parametrize("adapter", ["lora", "ia3"])
-def test_adapters_learn_under_activation_checkpointing(tmp_path: Path, adapter: str) -> None:
-    """Although the embeddings are frozen, and so nothing that the first layer is given has a gradient."""
-    base = build_model(str(tmp_path / "model.json"), seq_len=16)
-    prepare(base, True)
-    model, weights = build_weights(base, PretrainConfig(adapter=adapter, activation_checkpointing=True))
-    assert weights is not None
-    model.train()
-    ids = torch.arange(32).view(2, 16)
-    model(input_ids=ids, labels=ids).loss.backward()
-    assert all(factor.grad is not None for factor in weights.factors().values())
-
-
 def test_a_head_that_is_tied_is_merged(tmp_path: Path) -> None:
     write_model(tmp_path, num_hidden_layers=1, tie_word_embeddings=True)
     run(tmp_path, **low_rank("mhlora", steps=2, target_modules="attention+logit"))
@@ -428,101 +211,7 @@ def test_a_killed_run_of_which_only_the_summary_is_missing(tmp_path: Path, monke
     assert "sample" not in json.dumps(metrics(tmp_path / "run")) and (tmp_path / "run" / "sample.txt").is_file()
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"weights": "mhlor"}, "did you mean 'mhlora'"),
-        ({"weights": "mhlora", "weight_settings": {"head": 2}}, "did you mean 'heads'"),
-        ({"weights": "mhlora", "weight_settings": {"heads": "two"}}, "weight_settings"),
-        ({"weights": "mhlora", "weight_settings": {"heads": 0}}, "heads is 0; it must be at least 1"),
-        ({"weights": "relora", "weight_settings": {"rank": "two"}}, "rank is 'two'; it must be a whole number"),
-        ({"weights": "lte", "weight_settings": {"heads": 3}}, "batch_size is 4, which 3 parallel heads"),
-        ({"weight_settings": {"heads": 2}}, "choose a recipe with --weights"),
-        ({"adapter_settings": {"r": 2}}, "choose one with --adapter"),
-        ({"adapter": "lorra"}, "did you mean 'lora'"),
-        ({"adapter": "lora", "adapter_settings": {"lora_dropou": 0.1}}, "did you mean 'lora_dropout'"),
-        ({"adapter": "lora", "adapter_settings": {"target_modules": "all"}}, "give --target_modules instead"),
-        ({"adapter": "lora", "adapter_settings": {"r": "two"}}, "adapter_settings.r is 'two'; it must be a number"),
-        ({"weights": "relora", "weight_settings": {"full_rank_steps": 800}}, "no factor would ever be trained"),
-        ({"weights": "relora", "weight_settings": {"restart_every": 5, "rewarm": 5}}, "longer than their re-warming"),
-        ({"adapter": "hra", "adapter_settings": {"lora_plus_ratio": 4}}, "has no A and B"),
-        ({"adapter": "lora", "adapter_settings": {"lora_plus_ratio": 0}}, "greater than 0"),
-        ({"adapter": "lora", "weights": "mhlora"}, "only relora, periodic_lora can restart an adapter"),
-        ({"weights": "mhlora", "rank": 4}, "--weight_settings.rank is that of factors"),
-        ({"weights": "mhlora", "method": "galore"}, "give --project factors, others or merged"),
-        ({"weights": "mhlora", "method": "scale"}, "takes adamw or a method that has a rank"),
-        ({"weights": "mhlora", "project": "factors"}, "the method 'adamw' projects nothing"),
-        ({"project": "factors"}, "weights is 'dense': leave project out"),
-        ({"weights": "mhlora", "method": "galore", "project": "factors", "rank": 32}, "must be smaller"),
-        ({"adapter": "lora", "method": "galore", "project": "others"}, "leave it out"),
-        ({"weights": "mhlora", "gradient": "fused", "max_grad_norm": 0.0}, "gradient is 'fused'"),
-        ({"weights": "mhlora", "gradient": "projected"}, "gradient is 'projected'"),
-        ({"weights": "mhlora", "weight_storage": "int8"}, "weight_storage is 'int8'"),
-        ({"weights": "relora", "shard": "full"}, "whole matrices take up the factors between steps"),
-        ({"weights": "lte", "shard": "full"}, "it divides its heads over the processes"),
-        ({"weights": "factored", "shard": "full"}, "rebalance_gap=200: that takes whole factors and moments; give 0"),
-        ({"adapter": "lora", "shard": "full"}, "adapter 'lora' cannot be divided over processes"),
-        ({"adapter": "lora", "chunked_loss": True}, "chunked_loss is True"),
-        ({"weights": "lte", "batch_size": 6}, "batch_size is 6, which 4 parallel heads cannot divide evenly"),
-        ({"project": "none"}, "project is 'none'; it must be factors, others or merged"),
-    ],
-)
-def test_settings_that_make_no_sense(given: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        check_settings(PretrainConfig(**given), 2 if given.get("shard") else 1)
-
-
-def test_what_several_processes_with_heads_of_their_own_refuse() -> None:
-    given = {"weights": "lte", "batch_size": 4, "weight_settings": {"heads": 4, "merge_every": 10}}
-    given |= {"steps": 100, "eval_every": 50, "method": "galore", "project": "others", "rank": 4}
-    check_settings(PretrainConfig(**given), 2)
-    with pytest.raises(ValueError, match="rank_policy is 'tolerance', which gives copies"):
-        check_settings(PretrainConfig(**given, optimizer={"rank_policy": "tolerance"}), 2)
-    given |= {"method": "q_galore", "weight_storage": "float"}
-    check_settings(PretrainConfig(**given), 2)
-    check_settings(PretrainConfig(**given | {"project": "factors", "rank": 2}), 1)
-    with pytest.raises(ValueError, match="method is 'q_galore', which gives heads in several processes gaps of their"):
-        check_settings(PretrainConfig(**given | {"project": "factors", "rank": 2}), 2)
-    with pytest.raises(ValueError, match="processes share parallel heads: plan one of them"):
-        plan_recipe(PlanSettings(model="llama_9m", weights="lte", batch_size=4, world_size=2))
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"target_modules": "logit", "chunked_loss": True}, "chunked_loss is true"),
-        ({"target_modules": "convolution"}, "selects no matrix"),
-        ({"method": "galore", "project": "factors", "rank": 6, "weight_settings": {"rank": 8, "heads": 2}}, None),
-        ({"method": "galore", "project": "others", "rank": 32}, "the rank must be smaller than its sides"),
-    ],
-)
-def test_settings_that_do_not_fit_the_model(tmp_path: Path, given: dict[str, Any], message: str | None) -> None:
-    changes = {"weights": "mhlora", "weight_settings": small("mhlora")} | given
-    if message is None:
-        built(tmp_path, **changes)
-        return
-    with pytest.raises(ValueError, match=message):
-        built(tmp_path, **changes)
-
-
-def test_heads_that_cannot_divide_a_batch_are_refused_before_anything_is_read(tmp_path: Path) -> None:
-    changes = low_rank("lte", batch_size=3, data=str(tmp_path / "nowhere"), output=str(tmp_path / "none"))
-    for resume in ("none", "auto"):
-        with pytest.raises(ValueError, match="batch_size is 3, which 2 parallel heads cannot divide evenly"):
-            run(tmp_path, resume=resume, **changes)
-    assert not (tmp_path / "none").exists()
-    # Two processes with a head each, continued by one with both.
-    config = PretrainConfig(**low_rank("lte", batch_size=1, resume="auto"))
-    check_settings(config, 1)
-    assert shared_batch(config, then=2, now=1, shares=batch_shares(config, 1)) == (2, 1)
-
-
 def test_chunked_loss_beside_layers_of_low_rank(tmp_path: Path) -> None:
     plain = run(tmp_path, output=str(tmp_path / "plain"), **low_rank("mhlora", steps=2))
     chunked = run(tmp_path, output=str(tmp_path / "chunked"), chunked_loss=True, **low_rank("mhlora", steps=2))
     assert chunked.eval_loss == pytest.approx(plain.eval_loss, rel=1e-5)
-
-
-def test_the_method_by_default() -> None:
-    assert PretrainConfig().method == "galore" and PretrainConfig(weights="mhlora").method == "adamw"
-    assert PlanSettings(adapter="lora").method == "adamw" and PlanSettings().method == "galore"

@@ -30,6 +30,7 @@ def bench_heads(
     heads: Sequence[int] = (1, 2, 4),
     *,
     model: str = "llama_bench",
+    vocab_size: int | None = None,
     seq_len: int = 128,
     batch_size: int = 4,
     target_modules: str | Sequence[str] = "all-linear",
@@ -55,6 +56,8 @@ def bench_heads(
         ranks: r of a head.
         heads: N; in parallel they divide the batch.
         model: preset, config.json, folder, or name on the hub.
+        vocab_size: tokens in the vocabulary of a preset or config; None: its own. It counts in a study with heads in
+            the logit layer.
         seq_len: tokens in a sequence.
         batch_size: sequences of an iteration.
         target_modules, exclude: layers that get heads, see `subspan.nn.lowrank.select_layers`.
@@ -82,17 +85,17 @@ def bench_heads(
     """
     console = console or Console()
     place = device_named(device)
-    _check(ranks, heads, seq_len, batch_size, merge_every, rounds, threads)
+    _check(ranks, heads, vocab_size, seq_len, batch_size, merge_every, rounds, threads)
     if dtype not in ("float32", "bfloat16", "amp"):
         raise ValueError(f"dtype is {dtype!r}; it must be float32, bfloat16 or amp.")
     if others not in ("replicated", "shared"):
         raise ValueError(f"others is {others!r}; it must be replicated or shared.")
-    studied = StudiedModel(model, seq_len, batch_size, target_modules, exclude, dtype, device, seed, others)
+    studied = StudiedModel(model, seq_len, batch_size, target_modules, exclude, dtype, device, seed, others, vocab_size)
     every = list(combinations(ranks, heads))
     # What cannot be built is said before anything is measured.
     total = count(studied)
     for number in heads:
-        count(studied, number, min(ranks))
+        count(studied, number, max(ranks))
     folder = writable(Path(output).expanduser())
     settings = dataclasses.asdict(studied) | {"merge_every": merge_every, "threads": threads}
     clock = clock_for(place, threads)
@@ -128,6 +131,7 @@ def bench_heads(
 def _check(
     ranks: Sequence[int],
     heads: Sequence[int],
+    vocab_size: int | None,
     seq_len: int,
     batch_size: int,
     merge_every: int,
@@ -139,8 +143,9 @@ def _check(
         if not values or min(values) < 1:
             shown = list(values) if name in ("ranks", "heads") else values[0]
             raise ValueError(f"{name} is {shown}; it must be at least 1.")
-    if seq_len < 2:
-        raise ValueError(f"seq_len is {seq_len}; it must be at least 2 tokens.")
+    for name, value in (("vocab_size", vocab_size), ("seq_len", seq_len)):
+        if value is not None and value < 2:
+            raise ValueError(f"{name} is {value}; it must be at least 2 tokens.")
     if uneven := [number for number in heads if batch_size % number]:
         raise ValueError(
             f"batch_size is {batch_size}, which {uneven[0]} parallel heads cannot divide evenly: give a multiple of "

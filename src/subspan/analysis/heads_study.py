@@ -41,6 +41,7 @@ class StudiedModel:
         device: where.
         seed: of weights and tokens.
         others: what has no heads: replicated, each parallel head trains a copy of it; or shared, there is one.
+        vocab_size: of a preset or config; None: its own.
     """
 
     model: str
@@ -52,6 +53,7 @@ class StudiedModel:
     device: str = "cpu"
     seed: int = 0
     others: str = "replicated"
+    vocab_size: int | None = None
 
     @property
     def weights_dtype(self) -> torch.dtype:
@@ -59,8 +61,20 @@ class StudiedModel:
         return torch.bfloat16 if self.dtype == "bfloat16" else torch.float32
 
     def build(self) -> nn.Module:
-        """The model with full weights."""
-        model = build_model(self.model, seq_len=self.seq_len, seed=self.seed, dtype=self.weights_dtype)
+        """The model with full weights.
+
+        Raises:
+            ValueError: a checkpoint, which keeps its own vocabulary, was to have another one.
+        """
+        model = build_model(
+            self.model, vocab_size=self.vocab_size, seq_len=self.seq_len, seed=self.seed, dtype=self.weights_dtype
+        )
+        own = model.config.get_text_config().vocab_size
+        if self.vocab_size not in (None, own):
+            raise ValueError(
+                f"vocab_size is {self.vocab_size}, but model {self.model!r} has weights for {own} tokens: leave "
+                "vocab_size out, or give its config.json alone."
+            )
         model.config.use_cache = False
         return model.to(self.device)  # type: ignore[arg-type]
 
@@ -127,7 +141,7 @@ def trained_parameters(studied: StudiedModel, heads: int | None = None, rank: in
         245760
     """
     with torch.device("meta"):
-        model = skeleton(studied.model, seq_len=studied.seq_len)
+        model = skeleton(studied.model, vocab_size=studied.vocab_size, seq_len=studied.seq_len)
         if heads is not None and rank is not None:
             recipe = recipe_of("sequential", heads, rank)
             recipe.apply(model, target_modules=studied.target_modules, exclude=studied.exclude)

@@ -73,6 +73,7 @@ def _heads(parser_class: Any) -> Any:
     add("--ranks", type=int, nargs="+", default=[1, 4, 16], help="of a head")
     add("--heads", type=int, nargs="+", default=[1, 2, 4], help="in parallel they divide the batch")
     add("--model", type=str, default="llama_bench", help="preset, config.json, folder, or name on the hub")
+    add("--vocab_size", type=int, help="tokens in the vocabulary; that of the preset or config unless given")
     add("--seq_len", type=int, default=128, help="tokens in a sequence; they are random")
     add("--batch_size", type=int, default=4, help="sequences of an iteration")
     add(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from subspan.linalg import canonical_signs, exact_basis, randomized_svd
-from subspan.nn.lowrank.layer import LowRankLayer, replace_module
+from subspan.nn.lowrank.layer import LowRankLayer
+from subspan.nn.lowrank.limits import BETWEEN, Limit, at_least, or_none
 from subspan.nn.lowrank.moments import carry_moments
-from subspan.nn.lowrank.select import check_untied, select_layers
+from subspan.nn.lowrank.select import check_untied
 from subspan.nn.lowrank.state_transform import ResetState, transform_state
 from subspan.nn.lowrank.weights import LowRankWeights, WeightRecipe
 from subspan.optim.shards import is_sharded, local
@@ -49,11 +50,7 @@ class FactoredLinear(LowRankLayer):
 
     def __init__(self, layer: nn.Module, *, rank: int) -> None:
         super().__init__(layer)
-        if not 1 <= rank <= min(self.in_features, self.out_features):
-            most = min(self.in_features, self.out_features)
-            raise ValueError(
-                f"rank={rank} is not possible for a {self.out_features}×{self.in_features} matrix: give 1 to {most}"
-            )
+        self.check_rank(rank)
         self.rank = rank
         weight: Any = layer.weight
         like: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
@@ -267,6 +264,15 @@ class Factored(WeightRecipe):
     title: ClassVar[str] = "Factored weights"
     arxiv: ClassVar[str] = "2105.01029"
     summary: ClassVar[str] = "a product of two factors in place of each matrix"
+    limits: ClassVar[Mapping[str, Limit]] = {
+        "rank": or_none(at_least(1), "for that of ratio"),
+        "ratio": BETWEEN,
+        "init": Limit(("spectral", "kaiming").__contains__, "choose one of spectral, kaiming"),
+        "product_decay": at_least(0.0),
+        "rebalance_gap": at_least(0),
+        "moments": Limit(("rotate", "reset").__contains__, "choose one of rotate, reset"),
+        "momentum_reset_gap": at_least(0),
+    }
 
     rank: int | None = None
     ratio: float = 0.32
@@ -276,20 +282,6 @@ class Factored(WeightRecipe):
     moments: Literal["rotate", "reset"] = "rotate"
     momentum_reset_gap: int = 0
 
-    def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank is {self.rank!r}; it must be at least 1, or None for that of ratio.")
-        if not 0 < self.ratio < 1:
-            raise ValueError(f"ratio is {self.ratio!r}; it must be between 0 and 1, without both.")
-        if not 0 <= self.product_decay < float("inf"):
-            raise ValueError(f"product_decay is {self.product_decay!r}; it must be 0 or more, and finite.")
-        for name, allowed in (("init", ("spectral", "kaiming")), ("moments", ("rotate", "reset"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
-        for name in ("rebalance_gap", "momentum_reset_gap"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be 0 (never) or more.")
-
     @property
     def unshardable(self) -> str | None:
         """Whatever changes factors or their moments between steps."""
@@ -297,30 +289,17 @@ class Factored(WeightRecipe):
         given = [f"{name}={gap}" for name, gap in gaps.items() if gap]
         return f"{', '.join(given)}: that takes whole factors and moments; give 0" if given else None
 
-    def apply(
-        self,
-        model: nn.Module,
-        *,
-        target_modules: str | Sequence[str] = "all-linear",
-        exclude: str | Sequence[str] = (),
-        steps: int | None = None,
-        seed: int = 0,
-    ) -> FactoredWeights:
-        """Replace linear layers by `FactoredLinear`; see `WeightRecipe.apply`."""
-        chosen = select_layers(model, target_modules, exclude)
+    def build(self, model: nn.Module, chosen: dict[str, nn.Module], *, steps: int | None, seed: int) -> FactoredWeights:
+        """Replace them by `FactoredLinear`."""
         ranks = {name: self._rank(name, module) for name, module in chosen.items()}
         check_untied(model, chosen)
-        layers: dict[str, FactoredLinear] = {}
-        weights = FactoredWeights(model, layers, self, seed)
-        for name in ranks:
+        weights = FactoredWeights(model, {}, self, seed)
+        for name, rank in ranks.items():
             module = chosen.pop(name)  # one dense matrix after the other is let go
-            layer = FactoredLinear(module, rank=ranks[name])
+            layer = FactoredLinear(module, rank=rank)
+            weights.install(name, layer)
             if self.init == "spectral":
                 layer.spectral_(module, weights.generator(name, -1))
-            else:
-                layer.reset_(weights.generator(name, -1))
-            replace_module(model, name, layer)
-            weights.layers[name] = layer
         return weights
 
     def _rank(self, name: str, module: nn.Module) -> int:

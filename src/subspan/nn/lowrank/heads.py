@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from subspan.linalg import orthonormalize
 from subspan.nn.lowrank.layer import LowRankLayer, replace_module
+from subspan.nn.lowrank.limits import POSITIVE, Limit, at_least
 from subspan.nn.lowrank.product import heads_product
-from subspan.nn.lowrank.select import check_untied, select_layers
+from subspan.nn.lowrank.select import check_rank, check_untied
 from subspan.nn.lowrank.weights import LowRankWeights, WeightRecipe
 
 __all__ = ["HeadsEmbedding", "HeadsLinear", "HeadsWeights", "MultiHeadLoRA"]
@@ -24,7 +25,7 @@ class HeadsLinear(LowRankLayer):
     Args:
         layer: the linear layer.
         heads: N.
-        rank: r of each head.
+        rank: r of each head, from 1 to min(in, out).
         scale: s.
 
     Attributes:
@@ -36,6 +37,7 @@ class HeadsLinear(LowRankLayer):
 
     def __init__(self, layer: nn.Module, *, heads: int, rank: int, scale: float) -> None:
         super().__init__(layer)
+        self.check_rank(rank)
         self.weight = layer.weight  # type: ignore[assignment]
         self.weight.requires_grad_(False)
         self.heads, self.rank, self.scale = heads, rank, scale
@@ -65,8 +67,8 @@ class HeadsLinear(LowRankLayer):
         for number in range(own.stop):
             drawn = torch.randn(self.in_features, self.rank, generator=generator)
             if number in own:
-                Q = orthonormalize(drawn) if self.rank <= self.in_features else orthonormalize(drawn.mT).mT
-                self.lora_A[number - own.start].copy_(Q.mT * (self.in_features / self.rank) ** 0.5)
+                A = orthonormalize(drawn).mT * (self.in_features / self.rank) ** 0.5
+                self.lora_A[number - own.start].copy_(A)
 
     def effective_weight(self) -> Tensor:
         A, B = (factor.float().flatten(0, 1) for factor in (self.lora_A, self.lora_B))
@@ -173,45 +175,30 @@ class MultiHeadLoRA(WeightRecipe):
     title: ClassVar[str] = "Multi-head LoRA"
     arxiv: ClassVar[str] = "2402.16828"
     summary: ClassVar[str] = "several LoRA heads on a frozen weight, averaged"
+    limits: ClassVar[Mapping[str, Limit]] = {"heads": at_least(1), "rank": at_least(1), "alpha": POSITIVE}
 
     heads: int = 4
     rank: int = 32
     alpha: float = 4096.0
-
-    def __post_init__(self) -> None:
-        for name in ("heads", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 1.")
-        if not 0 < self.alpha < float("inf"):
-            raise ValueError(f"alpha is {self.alpha!r}; it must be greater than 0, and finite.")
 
     @property
     def unshardable(self) -> str | None:
         """Nothing: between steps nothing is done."""
         return None
 
-    def apply(
-        self,
-        model: nn.Module,
-        *,
-        target_modules: str | Sequence[str] = "all-linear",
-        exclude: str | Sequence[str] = (),
-        steps: int | None = None,
-        seed: int = 0,
-    ) -> LowRankWeights:
-        """Replace linear layers by `HeadsLinear`; see `WeightRecipe.apply`."""
+    def build(self, model: nn.Module, chosen: dict[str, nn.Module], *, steps: int | None, seed: int) -> LowRankWeights:
+        """Replace them by `HeadsLinear`."""
         layers, embeddings = self.replace(
             model,
-            select_layers(model, target_modules, exclude),
+            chosen,
             lambda module: HeadsLinear(module, heads=self.heads, rank=self.rank, scale=self.alpha / self.rank),
         )
         weights = HeadsWeights(model, layers, embeddings, seed)
         weights.begin()
         return weights
 
-    @staticmethod
     def replace(
-        model: nn.Module, chosen: dict[str, nn.Module], make: Callable[[nn.Module], HeadsLinear]
+        self, model: nn.Module, chosen: dict[str, nn.Module], make: Callable[[nn.Module], HeadsLinear]
     ) -> tuple[dict[str, LowRankLayer], dict[str, str]]:
         """Put layers with heads in the place of those that were ``chosen``, and embeddings that are tied to them.
 
@@ -219,8 +206,10 @@ class MultiHeadLoRA(WeightRecipe):
             The layers by name, and the names of the embeddings with those of their layers.
 
         Raises:
-            ValueError: a matrix that is tied to more than embeddings that only look up its rows.
+            ValueError: a rank above a side of a matrix, or a matrix that is tied to more than embeddings that only look
+                up its rows.
         """
+        check_rank(self.rank, chosen)
         tied: dict[Any, list[tuple[str, nn.Embedding]]] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             # What does more than look up, such as scaling its rows, would be lost.

@@ -42,6 +42,18 @@ class LowRankLayer(nn.Module, ABC):
         self.out_features, self.in_features = (columns, rows) if self.transposed else (rows, columns)
         self.register_parameter("bias", getattr(layer, "bias", None))  # type: ignore[arg-type]
 
+    def check_rank(self, rank: int) -> None:
+        """Refuse a rank that factors of this matrix cannot have.
+
+        Raises:
+            ValueError: naming the ranks that are possible.
+        """
+        most = min(self.in_features, self.out_features)
+        if not 1 <= rank <= most:
+            raise ValueError(
+                f"rank={rank} is not possible for a {self.out_features}×{self.in_features} matrix: give 1 to {most}"
+            )
+
     @abstractmethod
     def factors(self) -> dict[str, nn.Parameter]:
         """What is trained in place of the matrix, by its name in this layer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from subspan.nn.lowrank.layer import LowRankLayer, replace_module
+from subspan.nn.lowrank.limits import POSITIVE, Limit, at_least, one_of
 from subspan.nn.lowrank.loqt_layer import NF4, LoQTLinear
 from subspan.nn.lowrank.restarts import GrowingGap, Restarts
-from subspan.nn.lowrank.select import select_layers
+from subspan.nn.lowrank.select import check_own, check_rank
 from subspan.nn.lowrank.state_transform import Keep, ResetState, edit_state, transform_state
-from subspan.nn.lowrank.weights import LowRankWeights, WeightRecipe
+from subspan.nn.lowrank.weights import WeightRecipe
 from subspan.optim.late import key_of
 from subspan.optim.method import State
 from subspan.state import Codec, DoubleBlockwise
@@ -141,6 +141,17 @@ class LoQT(WeightRecipe):
     title: ClassVar[str] = "LoQT: Low-Rank Adapters for Quantized Pretraining"
     arxiv: ClassVar[str] = "2405.16528"
     summary: ClassVar[str] = "a trained factor in gradient subspaces beside frozen weights of 4 bits"
+    limits: ClassVar[Mapping[str, Limit]] = {
+        "rank": at_least(1),
+        "alpha": POSITIVE,
+        "first_gap": at_least(1),
+        "growth": at_least(1.0),
+        "compensation": at_least(0),
+        "weight_bits": one_of(4, None),
+        "projection_bits": one_of(4, None),
+        "svd": one_of("randomized", "exact"),
+        "moments": one_of("rotate", "reset", "keep"),
+    }
 
     rank: int = 128
     alpha: float = 0.5
@@ -154,50 +165,28 @@ class LoQT(WeightRecipe):
     moments: Literal["rotate", "reset", "keep"] = "rotate"
 
     def __post_init__(self) -> None:
-        for name, least in (("rank", 1), ("first_gap", 1), ("growth", 1), ("compensation", 0)):
-            value = getattr(self, name)
-            if not (value >= least and math.isfinite(value)):
-                raise ValueError(f"{name} is {value!r}; it must be at least {least}")
-        if not (self.alpha > 0 and math.isfinite(self.alpha)):
-            raise ValueError(f"alpha is {self.alpha!r}; it must be greater than 0")
-        choices: dict[str, tuple[Any, ...]] = {
-            "weight_bits": (4, None),
-            "projection_bits": (4, None),
-            "svd": ("randomized", "exact"),
-            "moments": ("rotate", "reset", "keep"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; choose {' or '.join(map(repr, allowed))}")
+        super().__post_init__()
         if self.double_quantization and self.weight_bits is None:
             raise ValueError(
                 "double_quantization=True needs weights that are quantised; leave it out, or weight_bits=4"
             )
 
-    def apply(
-        self,
-        model: nn.Module,
-        *,
-        target_modules: str | Sequence[str] = "all-linear",
-        exclude: str | Sequence[str] = (),
-        steps: int | None = None,
-        seed: int = 0,
-    ) -> LowRankWeights:
-        """Replace linear layers by `LoQTLinear`; see `WeightRecipe.apply`."""
-        chosen = select_layers(model, target_modules, exclude)
-        self._check(model, chosen)
+    def build(self, model: nn.Module, chosen: dict[str, nn.Module], *, steps: int | None, seed: int) -> Restarts:
+        """Replace them by `LoQTLinear`."""
+        check_own(model, chosen)
+        check_rank(self.rank, chosen)
         codec: Codec = DoubleBlockwise(NF4) if self.double_quantization else NF4
-        layers: dict[str, LowRankLayer] = {}
         weights = _LoQTRestarts(
             model,
-            layers,
+            {},
             seed,
             when=GrowingGap(self.first_gap, self.growth),
             state=Keep(),
             moments=self.moments,
             steps=steps,
         )
-        for name, module in chosen.items():
+        for name in list(chosen):
+            module = chosen.pop(name)  # one dense matrix after the other is let go
             layer = LoQTLinear(
                 module,
                 rank=self.rank,
@@ -207,29 +196,8 @@ class LoQT(WeightRecipe):
                 exact=self.svd == "exact",
                 compensation=self.compensation,
             )
-            layer.reset_(weights.generator(name, -1))
+            weights.install(name, layer)
             W: Any = module.weight
             if not W.is_meta:
                 layer.hold_(W.detach().mT if layer.transposed else W.detach())
-            replace_module(model, name, layer)
-            weights.layers[name] = layer
         return weights
-
-    def _check(self, model: nn.Module, chosen: dict[str, nn.Module]) -> None:
-        """Refuse what cannot be, before anything is changed."""
-        owners: dict[int, list[str]] = {}
-        for prefix, module in model.named_modules():
-            for key, parameter in module._parameters.items():
-                owners.setdefault(id(parameter), []).append(f"{prefix}.{key}".lstrip("."))
-        for name, module in chosen.items():
-            W: Any = module.weight
-            others = [other for other in owners[id(W)] if other != f"{name}.weight".lstrip(".")]
-            if others:
-                raise ValueError(
-                    f"{name} shares its weight with {', '.join(others)}, which LoQT would freeze or part from it; "
-                    "exclude it, or build the model without tied weights"
-                )
-            if self.rank > min(W.shape):
-                raise ValueError(
-                    f"rank is {self.rank}, but {name} is a matrix {tuple(W.shape)}; lower the rank, or exclude it"
-                )

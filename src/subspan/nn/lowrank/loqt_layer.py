@@ -65,16 +65,12 @@ class LoQTLinear(LowRankLayer):
         compensation: int = 5,
     ) -> None:
         super().__init__(layer)
+        self.check_rank(rank)
         own: Any = layer.weight
         self.rank, self.scale, self.exact, self.compensation = rank, scale, exact, compensation
         #: Whether P belongs to the input side.
         self.input_side = self.in_features <= self.out_features
         short, long = sorted((self.in_features, self.out_features))
-        if not 1 <= rank <= short:
-            raise ValueError(
-                f"rank is {rank}, but the layer is {self.in_features} to {self.out_features}: it must be from 1 to "
-                f"{short}; lower it, or exclude the layer"
-            )
         dtype = torch.bfloat16 if own.dtype == torch.bfloat16 else torch.float32
         self.weight_spec = StateSpec((self.out_features, self.in_features), own.dtype, codec=weight)
         self.basis_spec = StateSpec((short, rank), dtype if projection is None else torch.float32, codec=projection)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from subspan.nn.lowrank.heads import HeadsWeights, MultiHeadLoRA
 from subspan.nn.lowrank.layer import add_product_, replace_module
+from subspan.nn.lowrank.limits import Limit, at_least, one_of
 from subspan.nn.lowrank.parallel import ParallelHeadsLinear
 from subspan.nn.lowrank.replicas import Batch, Replicas, replicate
-from subspan.nn.lowrank.select import select_layers
 from subspan.nn.lowrank.state_transform import ResetState, transform_state
 
 __all__ = ["LTE", "LTEWeights"]
@@ -228,19 +228,17 @@ class LTE(MultiHeadLoRA):
     name: ClassVar[str] = "lte"
     title: ClassVar[str] = "LoRA-the-Explorer"
     summary: ClassVar[str] = "parallel heads on shares of the data, merged by averaging"
+    limits: ClassVar[Mapping[str, Limit]] = {
+        **MultiHeadLoRA.limits,
+        "merge_every": at_least(1),
+        "others": one_of("replicated", "shared"),
+        "rounding": one_of("nearest", "stochastic"),
+    }
 
     merge_every: int = 10
     reset: bool = False
     others: Literal["replicated", "shared"] = "replicated"
     rounding: Literal["nearest", "stochastic"] = "stochastic"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.merge_every < 1:
-            raise ValueError(f"merge_every is {self.merge_every!r}; it must be at least 1.")
-        for name, allowed in (("others", ("replicated", "shared")), ("rounding", ("nearest", "stochastic"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {' or '.join(allowed)}.")
 
     @property
     def unshardable(self) -> str | None:
@@ -266,20 +264,12 @@ class LTE(MultiHeadLoRA):
         """One for each head of a process."""
         return self.heads // processes
 
-    def apply(
-        self,
-        model: nn.Module,
-        *,
-        target_modules: str | Sequence[str] = "all-linear",
-        exclude: str | Sequence[str] = (),
-        steps: int | None = None,
-        seed: int = 0,
-    ) -> LTEWeights:
-        """Replace linear layers by `ParallelHeadsLinear`, and what has no heads by `Replicas`."""
+    def build(self, model: nn.Module, chosen: dict[str, nn.Module], *, steps: int | None, seed: int) -> LTEWeights:
+        """Replace them by `ParallelHeadsLinear`, and what has no heads by `Replicas`."""
         batch = Batch(self.heads)
         layers, embeddings = self.replace(
             model,
-            select_layers(model, target_modules, exclude),
+            chosen,
             lambda module: ParallelHeadsLinear(
                 module,
                 rank=self.rank,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from subspan.nn.lowrank.layer import add_product_
-from subspan.nn.lowrank.relora import ReLoRA, RestartedLinear, check_lora, install, untied_layers
-from subspan.nn.lowrank.restarts import Restarts
+from subspan.nn.lowrank.limits import BELOW_ONE, Limit
+from subspan.nn.lowrank.relora import LORA_LIMITS, ReLoRA, RestartedLinear
+from subspan.nn.lowrank.restarts import Restarts, check_rounding
+from subspan.nn.lowrank.select import check_own, check_rank
 from subspan.nn.lowrank.weights import WeightRecipe
 
 __all__ = ["PeriodicLinear", "PeriodicLoRA"]
@@ -46,12 +48,11 @@ class PeriodicLinear(RestartedLinear):
         right = torch.cat([self.momentum_A, self.lora_A[0].float()]).mT
         (Q1, R1), (Q2, R2) = torch.linalg.qr(left), torch.linalg.qr(right)
         U, S, Vh = torch.linalg.svd(R1 @ R2.mT)
-        U, V = Q1 @ U[:, : len(S)], Q2 @ Vh[: len(S)].mT
-        kept = min(self.rank, len(S))
+        U, V, kept = Q1 @ U[:, : len(S)], Q2 @ Vh[: len(S)].mT, self.rank
         add_product_(self.W, U * torch.cat([S[:kept], S[kept:] / (1 - mu)]), V.mT, key=key)
         root = S[:kept].sqrt()
-        self.momentum_B[:kept] = (U[:, :kept] * root).mT
-        self.momentum_A[:kept] = (V[:, :kept] * root).mT
+        self.momentum_B.copy_((U[:, :kept] * root).mT)
+        self.momentum_A.copy_((V[:, :kept] * root).mT)
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class PeriodicLoRA(WeightRecipe):
     title: ClassVar[str] = "PeriodicLoRA: Breaking the Low-Rank Bottleneck in LoRA Optimization"
     arxiv: ClassVar[str] = "2402.16141"
     summary: ClassVar[str] = "LoRA unloaded into the weights stage by stage"
+    limits: ClassVar[Mapping[str, Limit]] = {**LORA_LIMITS, "momentum": BELOW_ONE}
 
     rank: int = 16
     alpha: float = 32.0
@@ -97,9 +99,8 @@ class PeriodicLoRA(WeightRecipe):
     rounding: Literal["nearest", "stochastic"] = "nearest"
 
     def __post_init__(self) -> None:
-        check_lora(self)
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum is {self.momentum!r}; it must be at least 0 and less than 1")
+        super().__post_init__()
+        check_rounding(self.rounding)
 
     def parts(self, steps: int | None = None) -> dict[str, Any]:
         """Arguments of `Restarts`, as `ReLoRA.parts`."""
@@ -111,24 +112,15 @@ class PeriodicLoRA(WeightRecipe):
         """Stages are longer than their re-warming."""
         self.parts(steps)
 
-    def apply(
-        self,
-        model: nn.Module,
-        *,
-        target_modules: str | Sequence[str] = "all-linear",
-        exclude: str | Sequence[str] = (),
-        steps: int | None = None,
-        seed: int = 0,
-    ) -> Restarts:
-        """Replace linear layers by `RestartedLinear`, with momentum by `PeriodicLinear`; see `WeightRecipe.apply`."""
-        parts = self.parts(steps)
+    def build(self, model: nn.Module, chosen: dict[str, nn.Module], *, steps: int | None, seed: int) -> Restarts:
+        """Replace them by `RestartedLinear`, with momentum by `PeriodicLinear`."""
+        weights = Restarts(model, {}, seed, **self.parts(steps))
+        check_own(model, chosen)
+        check_rank(self.rank, chosen)
         sizes: dict[str, Any] = {"rank": self.rank, "scale": self.alpha / self.rank, "dropout": self.dropout}
-        layers: dict[str, RestartedLinear] = {
-            name: PeriodicLinear(module, **sizes, momentum=self.momentum)
-            if self.momentum
-            else RestartedLinear(module, **sizes)
-            for name, module in untied_layers(model, target_modules, exclude).items()
-        }
-        weights = Restarts(model, layers, seed, **parts)
-        install(weights, layers)
+        for name, module in chosen.items():
+            if self.momentum:
+                weights.install(name, PeriodicLinear(module, **sizes, momentum=self.momentum))
+            else:
+                weights.install(name, RestartedLinear(module, **sizes))
         return weights

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -11,13 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from subspan.nn.lowrank.heads import HeadsLinear
-from subspan.nn.lowrank.layer import add_product_, replace_module
-from subspan.nn.lowrank.restarts import Every, Restarts, Rewarm
-from subspan.nn.lowrank.select import select_layers
+from subspan.nn.lowrank.layer import add_product_
+from subspan.nn.lowrank.limits import BELOW_ONE, BETWEEN, POSITIVE, Limit, at_least, or_none
+from subspan.nn.lowrank.restarts import Every, Restarts, Rewarm, check_rounding
+from subspan.nn.lowrank.select import check_own, check_rank
 from subspan.nn.lowrank.state_transform import MagnitudePrune, RandomPrune, ResetState, StateTransform
 from subspan.nn.lowrank.weights import WeightRecipe
 
-__all__ = ["ReLoRA", "RestartedLinear"]
+__all__ = ["LORA_LIMITS", "ReLoRA", "RestartedLinear"]
+
+#: What the settings of LoRA layers and their restarts may be.
+LORA_LIMITS: Mapping[str, Limit] = {
+    "rank": at_least(1),
+    "alpha": POSITIVE,
+    "restart_every": or_none(at_least(1), "for cycles of a length that follows from that of the run"),
+    "rewarm": or_none(at_least(0), "for a part of a cycle"),
+    "dropout": BELOW_ONE,
+}
 
 
 class RestartedLinear(HeadsLinear):
@@ -128,6 +138,11 @@ class ReLoRA(WeightRecipe):
     title: ClassVar[str] = "ReLoRA: High-Rank Training Through Low-Rank Updates"
     arxiv: ClassVar[str] = "2307.05695"
     summary: ClassVar[str] = "LoRA merged into the weights and restarted"
+    limits: ClassVar[Mapping[str, Limit]] = {
+        **LORA_LIMITS,
+        "full_rank_steps": at_least(0),
+        "lazy": or_none(BETWEEN, "for factors from the start"),
+    }
 
     rank: int = 128
     alpha: float = 32.0
@@ -141,20 +156,19 @@ class ReLoRA(WeightRecipe):
     rounding: Literal["nearest", "stochastic"] = "nearest"
 
     def __post_init__(self) -> None:
-        check_lora(self)
-        if self.full_rank_steps < 0:
-            raise ValueError(f"full_rank_steps is {self.full_rank_steps!r}; it must be at least 0")
-        if self.lazy is not None and not 0 < self.lazy < 1:
-            raise ValueError(f"lazy is {self.lazy!r}; the share of steps with factors lies between 0 and 1")
+        super().__post_init__()
         if self.lazy is not None and self.full_rank_steps:
             raise ValueError("lazy and full_rank_steps both say when factors take over; give one of them")
-        if self.state not in ("magnitude", "random", "reset"):
-            raise ValueError(f"state={self.state!r}: choose 'magnitude', 'random' or 'reset'")
         self._transform()
+        check_rounding(self.rounding)
 
     def _transform(self) -> StateTransform:
+        if self.state == "reset":
+            return ResetState()
         prune = {"magnitude": MagnitudePrune, "random": RandomPrune}.get(self.state)
-        return ResetState() if prune is None else prune(self.prune)
+        if prune is None:
+            raise ValueError(f"state={self.state!r}: choose 'magnitude', 'random' or 'reset'")
+        return prune(self.prune)
 
     def parts(self, steps: int | None = None) -> dict[str, Any]:
         """Arguments of `Restarts`, also for layers of other kinds, as in `restart_peft`.
@@ -200,22 +214,11 @@ class ReLoRA(WeightRecipe):
         whole = _needed(steps, "lazy")
         return whole - max(1, round(self.lazy * whole))
 
-    def apply(
-        self,
-        model: nn.Module,
-        *,
-        target_modules: str | Sequence[str] = "all-linear",
-        exclude: str | Sequence[str] = (),
-        steps: int | None = None,
-        seed: int = 0,
-    ) -> Restarts:
-        """Replace linear layers by `RestartedLinear`; see `WeightRecipe.apply`.
+    def build(self, model: nn.Module, chosen: dict[str, nn.Module], *, steps: int | None, seed: int) -> Restarts:
+        """Replace them by `RestartedLinear`.
 
         With dense training at the start weights and factors are both trainable until the first `begin_step`, so that an
         optimizer which is built from the model holds both.
-
-        Raises:
-            ValueError: settings that do not fit the model or the number of steps, or no such layer.
         """
         parts, start = self.parts(steps), self._adapters_from(steps)
         if start and _processes() > 1:
@@ -223,32 +226,15 @@ class ReLoRA(WeightRecipe):
                 "full_rank_steps and lazy change which parameters have gradients, and DistributedDataParallel fixes "
                 "them when it is built; train the dense part in a run of its own and start from its checkpoint"
             )
-        layers = {
-            name: RestartedLinear(module, rank=self.rank, scale=self.alpha / self.rank, dropout=self.dropout)
-            for name, module in untied_layers(model, target_modules, exclude).items()
-        }
-        weights = _Switched(model, layers, seed, **parts)
+        check_own(model, chosen)
+        check_rank(self.rank, chosen)
+        weights = _Switched(model, {}, seed, **parts)
         weights.adapters_from = start
-        install(weights, layers)
-        for layer in layers.values():
+        for name, module in chosen.items():
+            layer = RestartedLinear(module, rank=self.rank, scale=self.alpha / self.rank, dropout=self.dropout)
             layer.weight.requires_grad_(start > 0)
+            weights.install(name, layer)
         return weights
-
-
-def check_lora(recipe: Any) -> None:
-    """Refuse settings of LoRA layers and their restarts that are not allowed."""
-    if recipe.rank < 1:
-        raise ValueError(f"rank is {recipe.rank!r}; it must be at least 1")
-    if not recipe.alpha > 0:
-        raise ValueError(f"alpha is {recipe.alpha!r}; it must be greater than 0")
-    if recipe.restart_every is not None and recipe.restart_every < 1:
-        raise ValueError(f"restart_every is {recipe.restart_every!r}; a cycle has at least 1 step")
-    if recipe.rewarm is not None and recipe.rewarm < 0:
-        raise ValueError(f"rewarm is {recipe.rewarm!r}; it must be at least 0")
-    if not 0 <= recipe.dropout < 1:
-        raise ValueError(f"dropout is {recipe.dropout!r}; it must be at least 0 and less than 1")
-    if recipe.rounding not in ("nearest", "stochastic"):
-        raise ValueError(f"rounding={recipe.rounding!r}: choose 'nearest' or 'stochastic'")
 
 
 def _processes() -> int:
@@ -260,28 +246,3 @@ def _needed(steps: int | None, setting: str) -> int:
     if steps is None:
         raise ValueError(f"{setting} depends on the length of the run: give steps to apply(), or set restart_every")
     return steps
-
-
-def untied_layers(
-    model: nn.Module, target_modules: str | Sequence[str], exclude: str | Sequence[str]
-) -> dict[str, nn.Module]:
-    """The chosen layers, none of which shares its weight."""
-    modules = select_layers(model, target_modules, exclude)
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    for name, module in modules.items():
-        shared = owners[id(module.weight)]
-        if len(shared) > 1:
-            raise ValueError(
-                f"{name} shares its weight ({', '.join(shared)}): what is merged into it would change the others too; "
-                "leave it out with exclude, or untie the weights (tie_word_embeddings=False)"
-            )
-    return modules
-
-
-def install(weights: Restarts, layers: dict[str, RestartedLinear]) -> None:
-    """Put layers into their model, with their first factors."""
-    for name, layer in layers.items():
-        replace_module(weights.model, name, layer)
-        layer.reset_(weights.generator(name, -1))

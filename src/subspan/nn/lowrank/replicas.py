@@ -90,16 +90,24 @@ class Batch:
     def check(self, x: Tensor) -> None:
         """Refuse a tensor whose rows do not tell which head they belong to.
 
+        In backward, where activation checkpointing computes a module again, nothing is refused that was not refused in
+        forward: the model may have been given a batch of another size since.
+
         Raises:
             RuntimeError: other rows than the batch has, such as those that a mixture of experts chooses.
         """
-        if x.shape[0] not in (self.sequences, self.sequences * self.length):
+        if x.shape[0] not in (self.sequences, self.sequences * self.length) and not (x.ndim > 1 and _in_backward()):
             raise RuntimeError(
                 f"a module with parallel heads, or with a copy for each of them, was given {x.shape[0]} rows of a "
                 f"batch of {self.sequences} sequences of {self.length} tokens, so that it is not known which head each "
                 "belongs to: leave it out of target_modules (experts cannot have parallel heads), or give "
                 "others='shared' where it has none"
             )
+
+
+def _in_backward() -> bool:
+    """Whether autograd is at work, as `torch.utils.checkpoint` asks; torch has no public name for it."""
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def mean(tensors: Sequence[Tensor], count: int, *, everywhere: bool = False) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from subspan.nn.lowrank.state_transform import Keep, Pruned, ResetState, StateTransform, transform_state
 from subspan.nn.lowrank.weights import LowRankWeights, Rate
 
-__all__ = ["Every", "GrowingGap", "Never", "Restartable", "Restarts", "Rewarm", "When"]
+__all__ = ["Every", "GrowingGap", "Never", "Restartable", "Restarts", "Rewarm", "When", "check_rounding"]
 
 
 class When(ABC):
@@ -165,6 +165,16 @@ class Restartable(Protocol):
         """Choose a new subspace: factors that add nothing, of which one at least has a gradient."""
 
 
+def check_rounding(rounding: str) -> None:
+    """Refuse an unknown rounding of the frozen weights.
+
+    Raises:
+        ValueError: naming those that are known.
+    """
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding={rounding!r}: choose 'nearest' or 'stochastic'")
+
+
 class Restarts(LowRankWeights):
     """Layers whose factors are merged and begun anew again and again, in the steps that ``when`` says.
 
@@ -194,8 +204,7 @@ class Restarts(LowRankWeights):
         rounding: Literal["nearest", "stochastic"] = "nearest",
         steps: int | None = None,
     ) -> None:
-        if rounding not in ("nearest", "stochastic"):
-            raise ValueError(f"rounding={rounding!r}: choose 'nearest' or 'stochastic'")
+        check_rounding(rounding)
         super().__init__(model, dict(layers), seed)
         self.when, self.rounding, self.steps = when, rounding, steps
         self.state, self.rewarm = state or ResetState(), rewarm or Rewarm()

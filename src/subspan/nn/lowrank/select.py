@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from subspan.optim import param_groups
 from subspan.optim.names import canonical_name
 from subspan.optim.param_groups import output_heads
 
-__all__ = ["KINDS", "check_untied", "layer_kind", "select_layers"]
+__all__ = ["KINDS", "check_own", "check_rank", "check_untied", "layer_kind", "select_layers"]
 
 #: Words that ``target_modules`` may join with ``+``, with parts of the names of such modules.
 KINDS = {
@@ -82,6 +82,22 @@ def select_layers(
     return {name: modules[name] for name in chosen}
 
 
+def check_rank(rank: int, chosen: Mapping[str, Any]) -> None:
+    """Refuse a rank above a side of one of the chosen matrices: it would only be more to keep and to multiply.
+
+    Raises:
+        ValueError: naming the layer, and the largest rank that fits all.
+    """
+    shapes = {name: tuple(module.weight.shape) for name, module in chosen.items()}
+    most = min(side for shape in shapes.values() for side in shape)
+    for name, shape in shapes.items():
+        if rank > min(shape):
+            raise ValueError(
+                f"rank is {rank}, but {name or 'the layer'} is a matrix {shape}; lower the rank, or exclude it "
+                f"({most} is the largest rank that fits all layers that are chosen)"
+            )
+
+
 def check_untied(model: nn.Module, chosen: dict[str, nn.Module], allowed: Collection[str] = ()) -> None:
     """Refuse layers whose matrix is also another's: without it they would be tied in the configuration alone.
 
@@ -93,16 +109,40 @@ def check_untied(model: nn.Module, chosen: dict[str, nn.Module], allowed: Collec
     Raises:
         ValueError: there is one; both are named.
     """
-    owners: dict[Any, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        for key, parameter in module._parameters.items():
-            owners.setdefault(parameter, []).append(f"{name}.{key}")
-    for name, module in chosen.items():
-        if others := [other for other in owners[module.weight] if other not in (f"{name}.weight", *allowed)]:
+    for name, others in _ties(model, chosen).items():
+        if others := [other for other in others if other not in allowed]:
             raise ValueError(
-                f"{name}.weight is tied to {', '.join(others)}, which cannot be given up for factors; untie them "
+                f"{_weight(name)} is tied to {', '.join(others)}, which cannot be given up for factors; untie them "
                 "(tie_word_embeddings=False), or name the layer in exclude"
             )
+
+
+def check_own(model: nn.Module, chosen: dict[str, nn.Module]) -> None:
+    """Refuse layers whose matrix is also another's, into which factors are to be merged.
+
+    Raises:
+        ValueError: there is one; both are named.
+    """
+    for name, others in _ties(model, chosen).items():
+        raise ValueError(
+            f"{name or 'the layer'} shares its weight with {', '.join(others)}: what is merged into it would change "
+            "them too, or part it from them; leave it out with exclude, or untie the weights "
+            "(tie_word_embeddings=False)"
+        )
+
+
+def _ties(model: nn.Module, chosen: dict[str, nn.Module]) -> dict[str, list[str]]:
+    """Of chosen layers whose weights are parameters elsewhere too: their names there."""
+    owners: dict[Any, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter, []).append(name)
+    ties = {name: [o for o in owners[module.weight] if o != _weight(name)] for name, module in chosen.items()}
+    return {name: others for name, others in ties.items() if others}
+
+
+def _weight(name: str) -> str:
+    """Name of the weight of a layer."""
+    return f"{name}.weight" if name else "weight"
 
 
 def _named(
@@ -110,7 +150,7 @@ def _named(
 ) -> list[str]:
     groups = param_groups(model, rank=1, target_modules=target, exclude=exclude)
     names = {name for name, _ in groups[0]["params"]}
-    return [name for name in modules if canonical_name(f"{name}.weight" if name else "weight") in names]
+    return [name for name in modules if canonical_name(_weight(name)) in names]
 
 
 def _is_plain(module: nn.Module) -> bool:

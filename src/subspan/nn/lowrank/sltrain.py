@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from subspan.nn.lowrank.factored import check_untied
-from subspan.nn.lowrank.layer import LowRankLayer, replace_module
-from subspan.nn.lowrank.select import select_layers
+from subspan.nn.lowrank.layer import LowRankLayer
+from subspan.nn.lowrank.limits import BETWEEN, POSITIVE, Limit, at_least
+from subspan.nn.lowrank.select import check_untied
 from subspan.nn.lowrank.weights import LowRankWeights, WeightRecipe
 from subspan.optim.tiling import row_tiles
 from subspan.state.host import is_rehearsed
@@ -227,44 +227,26 @@ class SLTrain(WeightRecipe):
     title: ClassVar[str] = "SLTrain"
     arxiv: ClassVar[str] = "2406.02214"
     summary: ClassVar[str] = "factors and a sparse matrix at fixed places, in place of each matrix"
+    limits: ClassVar[Mapping[str, Limit]] = {"rank": at_least(1), "alpha": POSITIVE, "delta": BETWEEN}
 
     rank: int = 128
     alpha: float = 32.0
     delta: float = 0.03
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank is {self.rank!r}; it must be at least 1.")
-        if not 0 < self.alpha < float("inf"):
-            raise ValueError(f"alpha is {self.alpha!r}; it must be greater than 0, and finite.")
-        if not 0 < self.delta < 1:
-            raise ValueError(f"delta is {self.delta!r}; it must be between 0 and 1, without both.")
 
     @property
     def unshardable(self) -> str | None:
         """Nothing: between steps nothing is done."""
         return None
 
-    def apply(
-        self,
-        model: nn.Module,
-        *,
-        target_modules: str | Sequence[str] = "all-linear",
-        exclude: str | Sequence[str] = (),
-        steps: int | None = None,
-        seed: int = 0,
-    ) -> LowRankWeights:
-        """Replace linear layers by `SLTrainLinear`; see `WeightRecipe.apply`."""
-        chosen = select_layers(model, target_modules, exclude)
+    def build(self, model: nn.Module, chosen: dict[str, nn.Module], *, steps: int | None, seed: int) -> LowRankWeights:
+        """Replace them by `SLTrainLinear`."""
         check_untied(model, chosen)
         for name, module in chosen.items():
             self._check(name, module)
         weights = LowRankWeights(model, {}, seed)
         for name in list(chosen):
-            layer = SLTrainLinear(chosen.pop(name), rank=self.rank, scale=self.alpha / self.rank, delta=self.delta)
-            layer.reset_(weights.generator(name, -1))
-            replace_module(model, name, layer)
-            weights.layers[name] = layer
+            module = chosen.pop(name)  # one dense matrix after the other is let go
+            weights.install(name, SLTrainLinear(module, rank=self.rank, scale=self.alpha / self.rank, delta=self.delta))
         return weights
 
     def _check(self, name: str, module: nn.Module) -> None:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from subspan.linalg import seeded_generator
-from subspan.nn.lowrank.layer import LowRankLayer, merge_layers
+from subspan.nn.lowrank.layer import LowRankLayer, merge_layers, replace_module
+from subspan.nn.lowrank.limits import Limit
+from subspan.nn.lowrank.select import select_layers
 
 __all__ = ["LowRankWeights", "WeightRecipe"]
 
@@ -44,6 +46,12 @@ class LowRankWeights:
 
     def __init__(self, model: nn.Module, layers: dict[str, LowRankLayer], seed: int = 0) -> None:
         self.model, self.layers, self.seed = model, layers, seed
+
+    def install(self, name: str, layer: LowRankLayer) -> None:
+        """Put a layer in the place of the module ``name`` of the model, with its first factors."""
+        layer.reset_(self.generator(name, -1))
+        replace_module(self.model, name, layer)
+        self.layers[name] = layer
 
     def factors(self) -> dict[str, nn.Parameter]:
         """What is trained in place of the matrices, by name in the model."""
@@ -100,7 +108,14 @@ class LowRankWeights:
 
 @dataclass(frozen=True)
 class WeightRecipe(ABC):
-    """The settings of a way to hold weights in low rank; a recipe is a frozen dataclass with the paper's defaults."""
+    """The settings of a way to hold weights in low rank; a recipe is a frozen dataclass with the paper's defaults.
+
+    It says what it is (``name`` to ``summary``), which values its settings may have (``limits``), and how the chosen
+    layers of a model become layers of low rank (`build`).
+
+    Raises:
+        ValueError: a value that is not allowed.
+    """
 
     #: Registry name, the paper's title of it, its arXiv number, and one line.
     name: ClassVar[str]
@@ -109,13 +124,18 @@ class WeightRecipe(ABC):
     summary: ClassVar[str]
     #: Whether several processes can train it, each with a copy (DistributedDataParallel).
     ddp: ClassVar[bool] = True
+    #: What each setting may be, by its name.
+    limits: ClassVar[Mapping[str, Limit]] = {}
+
+    def __post_init__(self) -> None:
+        for name, limit in self.limits.items():
+            limit.check(name, getattr(self, name))
 
     @property
     def unshardable(self) -> str | None:
         """Why it cannot train what `fully_shard` has divided, with these settings; None where it can."""
         return "whole matrices take up the factors between steps"
 
-    @abstractmethod
     def apply(
         self,
         model: nn.Module,
@@ -136,7 +156,20 @@ class WeightRecipe(ABC):
             seed: of all that is drawn.
 
         Raises:
-            ValueError: settings that do not fit the model, or no such layer.
+            ValueError: settings that do not fit the model or the number of steps, or no such layer.
+        """
+        return self.build(model, select_layers(model, target_modules, exclude), steps=steps, seed=seed)
+
+    @abstractmethod
+    def build(self, model: nn.Module, chosen: dict[str, nn.Module], *, steps: int | None, seed: int) -> LowRankWeights:
+        """Put layers of low rank in the place of those that were chosen, in place; all else is that of `apply`.
+
+        What does not fit is refused before anything is changed.
+
+        Args:
+            model: the model.
+            chosen: linear layers by name; whoever takes them out one by one lets go of one dense matrix after another.
+            steps, seed: see `apply`.
         """
 
     def check_run(self, *, processes: int, steps: int, eval_every: int) -> None:  # noqa: B027
