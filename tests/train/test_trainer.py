@@ -353,6 +353,13 @@ def test_a_checkpoint_generates_with_a_cache(tmp_path: Path) -> None:
     assert json.loads((checkpoint / "config.json").read_text())["use_cache"] is True
 
 
+def test_the_sample_ends_where_a_model_has_no_more_positions(tmp_path: Path) -> None:
+    model = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 32, "n_layer": 1, "n_head": 2}
+    (tmp_path / "gpt2.json").write_text(json.dumps(model | {"vocab_size": 300, "n_positions": 16}))
+    summary = run(tmp_path, steps=2, model=str(tmp_path / "gpt2.json"), seq_len=16)
+    assert summary.finished and (tmp_path / "run" / "sample.txt").is_file()
+
+
 def test_the_method_is_checked_before_any_data_is_read(tmp_path: Path) -> None:
     for changes, message in (({"method": "galor"}, "galore"), ({"optimizer": {"scal": 1.0}}, "scale")):
         with pytest.raises(ValueError, match=message):

@@ -22,7 +22,7 @@ from subspan.memory.training import trace_training
 from subspan.nn.lowrank import LowRankWeights, list_weights, weight_recipe_class
 from subspan.optim import LowRankOptimizer
 from subspan.train.config import PretrainConfig
-from subspan.train.low_rank_files import check_low_rank, merge_run
+from subspan.train.low_rank_files import check_carried, check_low_rank, merge_run
 from subspan.train.optimizer import build_optimizer, check_settings, resolve
 from subspan.train.plan import _between_steps, plan_recipe, prepare
 from subspan.train.plan_settings import PlanSettings
@@ -335,6 +335,18 @@ def test_carry_over(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another model"):
         again = low_rank("mhlora", steps=1, weight_settings={"rank": 2})
         run(tmp_path, output=str(tmp_path / "narrow"), carry_over=first, **again)
+    # Of the same sizes, but with another factor on what has been learnt.
+    nowhere = str(tmp_path / "nowhere")
+    given = small("mhlora") | {"alpha": 80.0}
+    with pytest.raises(ValueError, match=r"whose weight_settings.alpha is 8.0, and this run has 80.0"):
+        check_carried(PretrainConfig(**low_rank("mhlora", weight_settings=given, carry_over=first, data=nowhere)))
+    lora = {**SHORT, "steps": 1, "rank": None, "adapter": "lora", "adapter_settings": {"r": 2}}
+    run(tmp_path, output=str(tmp_path / "lora"), **lora)
+    adapted = {"carry_over": str(tmp_path / "lora" / "checkpoint-1"), "adapter": "lora"}
+    check_carried(PretrainConfig(**adapted, adapter_settings={"r": 2, "lora_dropout": 0.1}))
+    for changed, message in (({"lora_alpha": 16}, "lora_alpha is 8"), ({"use_rslora": True}, "use_rslora is False")):
+        with pytest.raises(ValueError, match=f"whose adapter_settings.{message}"):
+            check_carried(PretrainConfig(**adapted, adapter_settings={"r": 2} | changed))
 
 
 def test_a_killed_run_of_which_only_the_summary_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,6 +384,8 @@ def test_a_killed_run_of_which_only_the_summary_is_missing(tmp_path: Path, monke
         ({"adapter": "hra", "adapter_settings": {"lora_plus_ratio": 4}}, "has no A and B"),
         ({"adapter": "lora", "adapter_settings": {"lora_plus_ratio": 0}}, "greater than 0"),
         ({"adapter": "lora", "weights": "mhlora"}, "only relora, periodic_lora can restart an adapter"),
+        ({"adapter": "lora", "weights": "relora", "weight_settings": {"rank": 8}}, "give it with --adapter_settings"),
+        ({"weights": "relora", "weight_settings": {"state": "reset", "prune": 0.5}}, "leave prune out"),
         ({"weights": "mhlora", "rank": 4}, "--weight_settings.rank is that of factors"),
         ({"weights": "mhlora", "method": "galore"}, "give --project factors, others or merged"),
         ({"weights": "mhlora", "method": "scale"}, "takes adamw or a method that has a rank"),

@@ -150,6 +150,8 @@ class ReLoRA(WeightRecipe):
             raise ValueError("lazy and full_rank_steps both say when factors take over; give one of them")
         if self.state not in ("magnitude", "random", "reset"):
             raise ValueError(f"state={self.state!r}: choose 'magnitude', 'random' or 'reset'")
+        if self.state == "reset" and self.prune != ReLoRA.prune:
+            raise ValueError(f"prune is {self.prune!r}, but state='reset' drops all: leave prune out, or state")
         self._transform()
 
     def _transform(self) -> StateTransform:
@@ -239,8 +241,8 @@ def check_lora(recipe: Any) -> None:
     """Refuse settings of LoRA layers and their restarts that are not allowed."""
     if recipe.rank < 1:
         raise ValueError(f"rank is {recipe.rank!r}; it must be at least 1")
-    if not recipe.alpha > 0:
-        raise ValueError(f"alpha is {recipe.alpha!r}; it must be greater than 0")
+    if not 0 < recipe.alpha < math.inf:
+        raise ValueError(f"alpha is {recipe.alpha!r}; it must be greater than 0, and finite")
     if recipe.restart_every is not None and recipe.restart_every < 1:
         raise ValueError(f"restart_every is {recipe.restart_every!r}; a cycle has at least 1 step")
     if recipe.rewarm is not None and recipe.rewarm < 0:
