@@ -72,8 +72,9 @@ def measure(args: argparse.Namespace, preset: str) -> list[dict[str, Any]]:
             settings = {"heads": heads, "rank": rank, "alpha": float(rank)}
             contenders["mhlora", heads, rank] = Contender(args, preset, "mhlora", **settings)
             contenders["lte", heads, rank] = Contender(args, preset, "lte", **settings, merge_every=1)
-            shared = {**settings, "others": "shared", "reset": True}
-            contenders["lte shared reset", heads, rank] = Contender(args, preset, "lte", **shared, merge_every=1)
+            for name, reset in (("lte shared", False), ("lte shared reset", True)):
+                shared = {**settings, "others": "shared", "reset": reset}
+                contenders[name, heads, rank] = Contender(args, preset, "lte", **shared, merge_every=1)
     generator = torch.Generator().manual_seed(args.seed)
     times: dict[tuple[str, int, int], list[tuple[float, float]]] = {name: [] for name in contenders}
     for number in range(args.rounds + 1):

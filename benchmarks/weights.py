@@ -47,6 +47,7 @@ CONTENDERS: dict[str, tuple[str | None, str]] = {
     "lora": ("mhlora", "adamw"),
     **{f"lte_galore_{part}": ("lte", "galore") for part in ("factors", "merged", "others")},
     "loqt": ("loqt", "adamw"),
+    "periodic_lora": ("periodic_lora", "adamw"),
 }
 COMMON = ("model", "steps", "batch_size", "seq_len", "precision", "warm_up", "final_lr")
 Run = dict[str, Any]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from subspan.linalg import orthonormalize
 from subspan.nn.lowrank.layer import LowRankLayer, replace_module
+from subspan.nn.lowrank.product import heads_product
 from subspan.nn.lowrank.select import check_untied, select_layers
 from subspan.nn.lowrank.weights import LowRankWeights, WeightRecipe
 
@@ -77,11 +78,7 @@ class HeadsLinear(LowRankLayer):
 
     def _sum(self, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None) -> Tensor:
         """xWᵀ + b + (s/N)·xAᵀB with A (k, in) and B (k, out)."""
-        y = nn.functional.linear(x, self.W, bias)
-        rows, H = (t.reshape(-1, t.shape[-1]) for t in (y, nn.functional.linear(x, A)))
-        low_rank = torch.addmm(rows, H, B.to(y.dtype), alpha=self.scale / self.heads)
-        # Of a view of it FSDP warns: it could be changed in place, which nobody does here.
-        return torch.ops.aten._unsafe_view(low_rank, y.shape)  # type: ignore[no-any-return]
+        return heads_product(x, self.W, A[None], B[None], bias, self.scale / self.heads, None)
 
     def embed(self, ids: Tensor, embedding: nn.Embedding) -> Tensor:
         """Rows of the effective weight, for an embedding that is tied to this layer."""

@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from subspan.nn.lowrank.heads import HeadsLinear, rows_of
+from subspan.nn.lowrank.product import directions, heads_product
 from subspan.nn.lowrank.replicas import Batch, mean
 
 __all__ = ["ParallelHeadsLinear"]
@@ -57,7 +57,7 @@ class ParallelHeadsLinear(HeadsLinear):
 
     def news(self) -> tuple[Tensor, Tensor]:
         """Factors L (k, out) and R (k, in) of Σ(Dₙ − Dₙ') = s·LᵀR."""
-        A, B = _stacked(self.lora_A, self.lora_B, self.merged_A, self.merged_B)
+        A, B = directions(self.lora_A, self.lora_B, self._held())
         return B.flatten(0, 1), A.flatten(0, 1)
 
     def news_of_all(self) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,7 @@ class ParallelHeadsLinear(HeadsLinear):
 
     def embed(self, ids: Tensor, embedding: nn.Embedding) -> Tensor:
         """Rows of the weight of each head, for an embedding that is tied to this layer."""
-        A, B = _stacked(self.lora_A, self.lora_B, self.merged_A, self.merged_B)
+        A, B = directions(self.lora_A, self.lora_B, self._held())
         if not self.training:
             return rows_of(ids, self.weight, A.flatten(0, 1), B.flatten(0, 1), self.scale / self.heads, embedding)
         self.batch.check(ids)
@@ -97,55 +97,8 @@ class ParallelHeadsLinear(HeadsLinear):
             biases = self.own_biases()
             return self._sum(x, R, L, mean(biases, len(biases)) if biases else bias)
         self.batch.check(x)
-        device = x.device.type
-        parts: list[Any] = [x, self.W, self.lora_A, self.lora_B, self.merged_A, self.merged_B]
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            parts = [None if part is None else part.to(dtype) for part in parts]
-            bias = None if bias is None else bias.to(dtype)
-        with torch.autocast(device, enabled=False):
-            y = _ParallelProduct.apply(*parts, self.scale)
-            if bias is None:
-                return y  # type: ignore[no-any-return]
-            if bias.ndim == 1:
-                return y + bias  # type: ignore[no-any-return]
-            return (y.view(self.heads, -1, self.out_features) + bias.unsqueeze(1)).view(y.shape)  # type: ignore[no-any-return]
+        return heads_product(x, self.W, self.lora_A, self.lora_B, bias, self.scale, self._held())
 
-
-def _stacked(A: Tensor, B: Tensor, merged_A: Tensor | None, merged_B: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[A A'] (N, k, in) and [B −B'] (N, k, out)."""
-    if merged_A is None or merged_B is None:
-        return A, B
-    return torch.cat([A, merged_A], 1), torch.cat([B, -merged_B], 1)
-
-
-class _ParallelProduct(torch.autograd.Function):
-    """xₙ(W + s·BₙᵀAₙ − s·B'ₙᵀA'ₙ)ᵀ; what is merged takes part as more directions, and gets no gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, A: Tensor, B: Tensor, merged_A: Tensor | None, merged_B: Tensor | None, s: float
-    ) -> Tensor:
-        ctx.scale = s
-        As, Bs = _stacked(A, B, merged_A, merged_B)
-        rows = x.reshape(A.shape[0], -1, x.shape[-1])
-        H = rows @ As.mT
-        y = (rows.flatten(0, 1) @ W.mT).view(*rows.shape[:2], -1).baddbmm_(H, Bs, alpha=s)
-        ctx.save_for_backward(x, W, H[..., : A.shape[1]] if merged_A is not None else H, As, Bs)
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, H, As, Bs = ctx.saved_tensors
-        rank, s = H.shape[-1], ctx.scale
-        with torch.autocast(dY.device.type, enabled=False):
-            dy, rows = (t.reshape(As.shape[0], -1, t.shape[-1]) for t in (dY, x))
-            dH = (dy @ Bs.mT).mul_(s)
-            dX = None
-            if ctx.needs_input_grad[0]:
-                dX = (dy.flatten(0, 1) @ W).view(rows.shape).baddbmm_(dH, As).view(x.shape)
-            gA = dH[..., :rank].mT @ rows
-            gB = (H.mT @ dy).mul_(s)
-            gW = dy.flatten(0, 1).mT @ rows.flatten(0, 1) if ctx.needs_input_grad[1] else None
-        return dX, gW, gA, gB, None, None, None
+    def _held(self) -> tuple[Tensor, Tensor] | None:
+        """The factors of Dₙ'."""
+        return None if self.merged_A is None or self.merged_B is None else (self.merged_A, self.merged_B)
