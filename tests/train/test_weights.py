@@ -6,6 +6,7 @@ import dataclasses
 import io
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -379,6 +380,7 @@ def test_a_killed_run_of_which_only_the_summary_is_missing(tmp_path: Path, monke
         ({"adapter": "lora", "adapter_settings": {"lora_dropou": 0.1}}, "did you mean 'lora_dropout'"),
         ({"adapter": "lora", "adapter_settings": {"target_modules": "all"}}, "give --target_modules instead"),
         ({"adapter": "lora", "adapter_settings": {"r": "two"}}, "adapter_settings.r is 'two'; it must be a number"),
+        ({"adapter": "lora", "adapter_settings": {"lora_alpha": math.nan}}, "lora_alpha is nan; it must be finite"),
         ({"weights": "relora", "weight_settings": {"full_rank_steps": 800}}, "no factor would ever be trained"),
         ({"weights": "relora", "weight_settings": {"restart_every": 5, "rewarm": 5}}, "longer than their re-warming"),
         ({"adapter": "hra", "adapter_settings": {"lora_plus_ratio": 4}}, "has no A and B"),
@@ -437,6 +439,11 @@ def test_settings_that_do_not_fit_the_model(tmp_path: Path, given: dict[str, Any
         return
     with pytest.raises(ValueError, match=message):
         built(tmp_path, **changes)
+
+
+def test_a_rank_that_an_adapter_divides_by(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="adapter 'randlora' does not fit LlamaForCausalLM: division by zero"):
+        built(tmp_path, adapter="randlora", adapter_settings={"r": 0})
 
 
 def test_heads_that_cannot_divide_a_batch_are_refused_before_anything_is_read(tmp_path: Path) -> None:
