@@ -2,12 +2,20 @@ from __future__ import annotations
 
 import copy
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import subspan.optim.tiling as tiling
 from subspan.nn.lowrank import low_rank_layers, merge_layers, select_layers, weight_recipe
@@ -287,3 +295,64 @@ def test_merged_layers_keep_class_and_bias() -> None:
     merge_layers(model)
     layer = model.transformer.h[0].attn.c_attn
     assert type(layer).__name__ == "Conv1D" and layer.weight.shape == (16, 48) and layer.bias.shape == (48,)
+
+
+@pytest.mark.parametrize(("name", "settings"), [("mhlora", {"heads": 2}), ("relora", {"restart_every": 5})])
+def test_an_encoder_of_torch_computes_with_the_factors_in_evaluation_too(name: str, settings: dict) -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
+    weight_recipe(name, rank=2, **settings).apply(encoder, target_modules=["linear1", "linear2"])
+    stir(encoder)
+    x = torch.randn(2, 4, 16)
+    expected = encoder(x)
+    with torch.no_grad():
+        torch.testing.assert_close(encoder.eval()(x), expected)
+
+
+@pytest.mark.parametrize("name", ["loqt", "factored", "sltrain"])
+def test_a_model_that_asks_for_the_dtype_of_a_weight(name: str) -> None:
+    sizes = {"vocab_size": 48, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    weights = weight_recipe(name, rank=2).apply(model)
+    ids = tokens(2)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(factor.grad is not None for factor in weights.factors().values())
+    assert not any(key.endswith("wo.weight") for key in model.state_dict())
+
+
+@pytest.mark.parametrize("name", ["mhlora", "lte", "factored", "sltrain"])
+def test_an_optimizer_that_was_built_before_the_layers_is_refused(name: str) -> None:
+    model = llama()
+    optimizer = torch.optim.AdamW(model.parameters())
+    weights = weight_recipe(name, rank=2).apply(model)
+    with pytest.raises(ValueError, match=r"q_proj\.\w+ is trained, but it is not in the optimizer"):
+        weights.end_step(0, optimizer)
+
+
+def test_what_is_trained_after_merging_stays_when_it_is_merged_again() -> None:
+    model = gpt2()
+    weights = weight_recipe("lte", heads=2, rank=2).apply(model, target_modules="attention+logit")
+    weights.merge()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    expected = copy.deepcopy(model.state_dict())
+    weights.merge()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("name", ["mhlora", "lte", "relora", "loqt", "factored", "sltrain"])
+def test_a_copy_is_merged_in_the_middle_of_training(name: str, tmp_path: Path) -> None:
+    model = llama()
+    weights = weight_recipe(name, rank=2).apply(model, steps=4)
+    stir(model)
+    before = model.eval()(tokens()).logits
+    state = copy.deepcopy(model.state_dict())
+    twin = copy.deepcopy(weights)
+    twin.merge()
+    twin.model.save_pretrained(tmp_path)  # type: ignore[operator]
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.eval()(tokens()).logits, before, rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    assert len(list(low_rank_layers(model))) == 14

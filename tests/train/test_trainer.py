@@ -6,13 +6,14 @@ import io
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from rich.console import Console
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from subspan.memory import plan
 from subspan.optim import GaLore
@@ -20,6 +21,7 @@ from subspan.train.config import PretrainConfig, read_config
 from subspan.train.optimizer import projected_names
 from subspan.train.presets import build_model
 from subspan.train.pretrain import pretrain
+from subspan.train.summary import generate_sample
 from subspan.train.trainer import PretrainTrainer
 from tests.train.micro import metrics, run, settings
 
@@ -351,6 +353,16 @@ def test_a_checkpoint_generates_with_a_cache(tmp_path: Path) -> None:
     run(tmp_path, steps=3)
     checkpoint = next((tmp_path / "run").glob("checkpoint-*"))
     assert json.loads((checkpoint / "config.json").read_text())["use_cache"] is True
+
+
+def test_the_sample_ends_where_a_model_has_no_more_positions() -> None:
+    torch.manual_seed(0)
+    tokens = {"bos_token_id": None, "eos_token_id": None}
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20, n_positions=16, **tokens))
+    tokenizer: Any = SimpleNamespace(eos_token_id=None, decode=lambda ids, **_: " ".join(map(str, ids.tolist())))
+    validation: Any = SimpleNamespace(sequences=torch.arange(16).unsqueeze(0))
+    before, after = generate_sample(model, tokenizer, validation, seed=0)
+    assert (len(before.split()), len(after.split())) == (8, 8)
 
 
 def test_the_method_is_checked_before_any_data_is_read(tmp_path: Path) -> None:

@@ -18,12 +18,12 @@ from subspan.checkpoint.save import LOW_RANK as WEIGHTS_FILE
 from subspan.nn.lowrank import LowRankWeights, list_weights
 from subspan.optim import LowRankOptimizer
 from subspan.train.config import PretrainConfig
-from subspan.train.low_rank_files import check_low_rank, merge_run
+from subspan.train.low_rank_files import check_carried, check_low_rank, merge_run
 from subspan.train.presets import build_model
 from subspan.train.pretrain import pretrain
 from subspan.train.trainer import PretrainTrainer
 from subspan.train.weights import build_weights
-from tests.train.low_rank_runs import SHORT, assert_planned, logits, low_rank
+from tests.train.low_rank_runs import SHORT, assert_planned, logits, low_rank, small
 from tests.train.micro import Killed, metrics, repeatable, run, settings, stop_after, write_model
 
 pytestmark = pytest.mark.usefixtures("one_layer")
@@ -194,6 +194,18 @@ def test_carry_over(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another model"):
         again = low_rank("mhlora", steps=1, weight_settings={"rank": 2})
         run(tmp_path, output=str(tmp_path / "narrow"), carry_over=first, **again)
+    # Of the same sizes, but with another factor on what has been learnt.
+    nowhere = str(tmp_path / "nowhere")
+    given = small("mhlora") | {"alpha": 80.0}
+    with pytest.raises(ValueError, match=r"whose weight_settings.alpha is 8.0, and this run has 80.0"):
+        check_carried(PretrainConfig(**low_rank("mhlora", weight_settings=given, carry_over=first, data=nowhere)))
+    lora = {**SHORT, "steps": 1, "rank": None, "adapter": "lora", "adapter_settings": {"r": 2}}
+    run(tmp_path, output=str(tmp_path / "lora"), **lora)
+    adapted = {"carry_over": str(tmp_path / "lora" / "checkpoint-1"), "adapter": "lora"}
+    check_carried(PretrainConfig(**adapted, adapter_settings={"r": 2, "lora_dropout": 0.1}))
+    for changed, message in (({"lora_alpha": 16}, "lora_alpha is 8"), ({"use_rslora": True}, "use_rslora is False")):
+        with pytest.raises(ValueError, match=f"whose adapter_settings.{message}"):
+            check_carried(PretrainConfig(**adapted, adapter_settings={"r": 2} | changed))
 
 
 def test_a_killed_run_of_which_only_the_summary_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,14 @@ pytestmark = pytest.mark.usefixtures("one_layer")
         ({"adapter": "lora", "adapter_settings": {"lora_dropou": 0.1}}, "did you mean 'lora_dropout'"),
         ({"adapter": "lora", "adapter_settings": {"target_modules": "all"}}, "give --target_modules instead"),
         ({"adapter": "lora", "adapter_settings": {"r": "two"}}, "adapter_settings.r is 'two'; it must be a number"),
+        ({"adapter": "lora", "adapter_settings": {"lora_alpha": math.nan}}, "lora_alpha is nan; it must be finite"),
         ({"weights": "relora", "weight_settings": {"full_rank_steps": 800}}, "no factor would ever be trained"),
         ({"weights": "relora", "weight_settings": {"restart_every": 5, "rewarm": 5}}, "longer than their re-warming"),
         ({"adapter": "hra", "adapter_settings": {"lora_plus_ratio": 4}}, "has no A and B"),
         ({"adapter": "lora", "adapter_settings": {"lora_plus_ratio": 0}}, "greater than 0"),
         ({"adapter": "lora", "weights": "mhlora"}, "only relora, periodic_lora can restart an adapter"),
+        ({"adapter": "lora", "weights": "relora", "weight_settings": {"rank": 8}}, "give it with --adapter_settings"),
+        ({"weights": "relora", "weight_settings": {"state": "reset", "prune": 0.5}}, "leave prune out"),
         ({"weights": "mhlora", "rank": 4}, "--weight_settings.rank is that of factors"),
         ({"weights": "mhlora", "method": "galore"}, "give --project factors, others or merged"),
         ({"weights": "mhlora", "method": "scale"}, "takes adamw or a method that has a rank"),
@@ -94,6 +98,11 @@ def test_settings_that_do_not_fit_the_model(tmp_path: Path, given: dict[str, Any
         return
     with pytest.raises(ValueError, match=message):
         built(tmp_path, **changes)
+
+
+def test_a_rank_that_an_adapter_divides_by(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="adapter 'randlora' does not fit LlamaForCausalLM: division by zero"):
+        built(tmp_path, adapter="randlora", adapter_settings={"r": 0})
 
 
 def test_heads_that_cannot_divide_a_batch_are_refused_before_anything_is_read(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -143,6 +144,8 @@ def adapter_config(adapter: str, settings: dict[str, Any], layers: list[str], dr
         # peft compares and divides it, and says no more than that this cannot be.
         if isinstance(values[name], str) and annotations[name] in ("int", "float"):
             raise ValueError(f"adapter_settings.{name} is {values[name]!r}; it must be a number.")
+        if isinstance(values[name], float) and not math.isfinite(values[name]):
+            raise ValueError(f"adapter_settings.{name} is {values[name]!r}; it must be finite.")
     values |= own
     # What freezes B stays: peft finds no values for it on the meta device.
     if not drawn and isinstance(values.get("init_lora_weights"), str) and values["init_lora_weights"].lower() != "mica":
@@ -181,6 +184,6 @@ def apply_adapter(
         torch.manual_seed(seeded_generator(seed, "adapter").initial_seed())
         try:
             wrapped: Any = get_peft_model(model, config)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
             raise ValueError(f"adapter {adapter!r} does not fit {type(model).__name__}: {error}") from error
     return AdapterWeights(wrapped, seed)

@@ -22,10 +22,11 @@ from subspan.checkpoint.states import is_sharded, model_tensors, optimizer_docum
 from subspan.checkpoint.tensors import empty_like, held_tensors, read_tensors, write_whole
 from subspan.nn.lowrank import LowRankWeights
 from subspan.optim import LowRankOptimizer
+from subspan.train.adapters import adapter_config
 from subspan.train.config import PretrainConfig, write_text
 from subspan.train.presets import build_model
 from subspan.train.processes import Processes
-from subspan.train.weights import build_weights, named_weights
+from subspan.train.weights import build_weights, named_weights, recipe_settings
 
 __all__ = [
     "Merged",
@@ -179,6 +180,24 @@ def check_carried(config: PretrainConfig) -> None:
             f"{named_weights(config)}: take the same, or make an ordinary model of it (subspan merge) and start from "
             "that with --model."
         )
+    before, now = _scaling(held), _scaling(config)
+    for name in before:
+        if before[name] != now.get(name):
+            raise ValueError(
+                f"carry_over is {str(folder)!r}, whose {name} is {before[name]!r}, and this run has {now.get(name)!r}, "
+                "which makes another model of its factors: take the same, or make an ordinary model of it (subspan "
+                "merge) and start from that with --model."
+            )
+
+
+def _scaling(config: PretrainConfig) -> dict[str, Any]:
+    """The settings that say which weights the factors of a run make, by name."""
+    if config.adapter is None:  # sizes are compared with those of the tensors
+        settings = recipe_settings(config)
+        return {"weight_settings.alpha": settings["alpha"]} if "alpha" in settings else {}
+    fields = adapter_config(config.adapter, config.adapter_settings, ["all"]).to_dict()
+    kept = {name: value for name, value in fields.items() if "dropout" not in name and not name.startswith("init_")}
+    return {f"adapter_settings.{name}": value for name, value in kept.items() if name != "target_modules"}
 
 
 @dataclasses.dataclass(frozen=True)

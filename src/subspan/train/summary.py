@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -234,19 +235,20 @@ def show_end(
 def generate_sample(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, validation: PackedDataset, seed: int
 ) -> tuple[str, str]:
-    """Continue the beginning of a held-out sequence by up to 64 tokens.
+    """Continue the beginning of a held-out sequence by up to 64 tokens, and as far as the model has positions.
 
     Returns:
         The prompt and the continuation.
     """
     ids = validation.sequences[0].long()
     prompt = ids[: max(1, min(32, ids.numel() // 2))].unsqueeze(0).to(model.device)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         output = model.eval().generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=64,
+            max_new_tokens=int(max(1, min(64, positions - prompt.shape[1]))),
             do_sample=True,
             temperature=0.8,
             top_k=50,

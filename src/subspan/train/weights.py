@@ -41,6 +41,9 @@ __all__ = [
     "weight_groups",
 ]
 
+#: Settings of a recipe that an adapter has itself, under names of its own.
+_ADAPTERS_OWN = ("rank", "alpha", "dropout")
+
 
 def check_weights(config: PretrainConfig, processes: int) -> None:
     """Refuse settings of weights that cannot be, before any data is read or a model is built.
@@ -70,6 +73,13 @@ def check_weights(config: PretrainConfig, processes: int) -> None:
                 f"adapter is {config.adapter!r} and weights is {config.weights!r}: only {', '.join(able)} can restart "
                 "an adapter; give one of the two."
             )
+        # Those of a run that is continued are all there.
+        for name in _ADAPTERS_OWN if config.adapter is not None else ():
+            if recipe[name] != getattr(kind, name):
+                raise ValueError(
+                    f"weight_settings.{name} is {recipe[name]!r}, but layers of adapter {config.adapter!r} have their "
+                    "own: give it with --adapter_settings."
+                )
         own = None if config.adapter is not None else recipe.get("rank")
         if config.project == "factors" and own is not None and config.rank is not None and config.rank >= own:
             raise ValueError(
@@ -304,7 +314,7 @@ def _check_projected(kinds: dict[str, list[tuple[str, nn.Parameter]]], config: P
 
 def describe(model: nn.Module, config: PretrainConfig) -> tuple[str, str]:
     """What the weights of a run are and which layers have them, for people."""
-    unused = ("rank", "alpha", "dropout") if config.adapter is not None else ()  # they are the adapter's own
+    unused = _ADAPTERS_OWN if config.adapter is not None else ()
     settings = {name: value for name, value in config.weight_settings.items() if name not in unused and value}
     settings |= config.adapter_settings
     name = " + ".join(name for name in (config.adapter, config.weights) if name not in (None, "dense"))

@@ -52,6 +52,7 @@ class FactoredLinear(LowRankLayer):
         super().__init__(layer)
         self.check_rank(rank)
         self.rank = rank
+        self.register_parameter("weight", None)  # which T5 asks for its dtype
         weight: Any = layer.weight
         like: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
         self.factor_A = nn.Parameter(torch.zeros(rank, self.in_features, **like))
@@ -203,6 +204,7 @@ class FactoredWeights(LowRankWeights):
 
     def end_step(self, step: int, optimizer: torch.optim.Optimizer) -> list[str]:
         """Balance factors and carry their moments, or begin moments anew, where a period ends."""
+        super().end_step(step, optimizer)
         balance, reset = (
             gap > 0 and (step + 1) % gap == 0 for gap in (self.recipe.rebalance_gap, self.recipe.momentum_reset_gap)
         )

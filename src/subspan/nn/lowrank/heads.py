@@ -145,6 +145,7 @@ class HeadsWeights(LowRankWeights):
         for name, tied in self.embeddings.items():
             embedding: Any = self.model.get_submodule(name)
             replace_module(self.model, name, embedding.dense(self.model.get_submodule(tied).weight))
+        self.embeddings = {}
         return names
 
 

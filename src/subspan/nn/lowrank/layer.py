@@ -21,8 +21,8 @@ __all__ = ["LowRankLayer", "add_product_", "low_rank_layers", "merge_layers"]
 class LowRankLayer(nn.Module, ABC):
     """y = x·W_effᵀ + b with an effective weight W_eff (out, in) that is made of a frozen matrix, factors, or both.
 
-    Made from a linear layer, in whose place it stands. ``weight``, where there is one, is the layer's own parameter in
-    its own orientation, so that names and ties stay as they are; trained are `factors`.
+    Made from a linear layer, in whose place it stands. ``weight`` is the layer's own parameter in its own orientation,
+    so that names and ties stay as they are, or None; trained are `factors`.
 
     Args:
         layer: ``nn.Linear`` or Hugging Face's ``Conv1D``.
@@ -41,6 +41,9 @@ class LowRankLayer(nn.Module, ABC):
         rows, columns = weight.shape
         self.out_features, self.in_features = (columns, rows) if self.transposed else (rows, columns)
         self.register_parameter("bias", getattr(layer, "bias", None))  # type: ignore[arg-type]
+        # In evaluation nn.TransformerEncoderLayer multiplies by the frozen weights of its layers itself, past the
+        # factors; layers that have a hook it calls.
+        self.register_forward_pre_hook(_called)
 
     def check_rank(self, rank: int) -> None:
         """Refuse a rank that factors of this matrix cannot have.
@@ -80,6 +83,10 @@ class LowRankLayer(nn.Module, ABC):
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def _called(module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A hook that does nothing."""
 
 
 def low_rank_layers(model: nn.Module) -> Iterator[tuple[str, LowRankLayer]]:

@@ -74,6 +74,8 @@ class LoQTLinear(LowRankLayer):
         dtype = torch.bfloat16 if own.dtype == torch.bfloat16 else torch.float32
         self.weight_spec = StateSpec((self.out_features, self.in_features), own.dtype, codec=weight)
         self.basis_spec = StateSpec((short, rank), dtype if projection is None else torch.float32, codec=projection)
+        if weight is not None:
+            self.register_parameter("weight", None)  # which T5 asks for its dtype
         # Both are buffers, with float weights too: an optimizer never sees them, and only `hold_` writes to them.
         self._held = (
             self.weight_spec.stored("weight" if weight is None else "weight_q"),

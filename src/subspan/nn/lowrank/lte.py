@@ -136,6 +136,7 @@ class LTEWeights(HeadsWeights):
 
     def end_step(self, step: int, optimizer: torch.optim.Optimizer) -> list[str]:
         """Merge, after every T-th step."""
+        super().end_step(step, optimizer)
         if (step + 1) % self.recipe.merge_every:
             return []
         self.merge_heads(step, optimizer)
@@ -168,6 +169,7 @@ class LTEWeights(HeadsWeights):
         for name, replicas in self.replicas.items():
             replicas.average_()
             replace_module(self.model, name, next(iter(replicas.copies.values())))
+        self.replicas = {}  # else what is trained from now on would be averaged with them by another call
         return names
 
 

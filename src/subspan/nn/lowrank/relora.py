@@ -159,6 +159,8 @@ class ReLoRA(WeightRecipe):
         super().__post_init__()
         if self.lazy is not None and self.full_rank_steps:
             raise ValueError("lazy and full_rank_steps both say when factors take over; give one of them")
+        if self.state == "reset" and self.prune != ReLoRA.prune:
+            raise ValueError(f"prune is {self.prune!r}, but state='reset' drops all: leave prune out, or state")
         self._transform()
         check_rounding(self.rounding)
 

@@ -245,11 +245,9 @@ class Restarts(LowRankWeights):
 
     def transform(self, step: int, optimizer: torch.optim.Optimizer, state: StateTransform) -> Pruned:
         """Transform the optimizer state of all factors."""
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        self.check_held(optimizer)
         zeroed = total = 0
         for name, factor in self.factors().items():
-            if id(factor) not in held and factor.requires_grad:
-                raise ValueError(f"{name} is trained, but it is not in the optimizer; build the optimizer afterwards")
             pruned = transform_state(optimizer, factor, state, self.generator(f"{name}.state", step))
             zeroed, total = zeroed + pruned.zeroed, total + pruned.total
         return Pruned(zeroed, total)

@@ -66,6 +66,7 @@ class SLTrainLinear(LowRankLayer):
                 f"delta={delta} of the {size} entries of a {self.out_features}×{self.in_features} matrix is none: give "
                 f"{1 / size:.2g} or more, or name the layer in exclude"
             )
+        self.register_parameter("weight", None)  # which T5 asks for its dtype
         weight: Any = layer.weight
         like: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
         self.lora_A = nn.Parameter(torch.zeros(rank, self.in_features, **like))

@@ -72,8 +72,24 @@ class LowRankWeights:
 
         Returns:
             What was done, in words, for the log; nothing in most steps.
+
+        Raises:
+            ValueError: a factor that is not in the optimizer, which is looked at in step 0.
         """
+        if step == 0:
+            self.check_held(optimizer)
         return []
+
+    def check_held(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse an optimizer that lacks a factor, such as one that was built before the layers were replaced.
+
+        Raises:
+            ValueError: naming the factor.
+        """
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for name, factor in self.factors().items():
+            if id(factor) not in held and factor.requires_grad:
+                raise ValueError(f"{name} is trained, but it is not in the optimizer; build the optimizer afterwards")
 
     @property
     def divided(self) -> bool:
