@@ -51,7 +51,6 @@ def test_plans_beside_dense_ones(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert [found["method"], found["compared"][0]["method"]] == ["galore", "mhlora"]
     for arguments, message in (
         (["--weights", "mhlor"], "did you mean 'mhlora'"),
-        (["--adapter", "boft"], "cannot be planned, since peft computes"),
         (["--weights", "mhlora", "--method", "adamw_torch"], "which trains dense weights"),
         (["--compare", "mhlor"], "unknown recipe in compare"),
     ):

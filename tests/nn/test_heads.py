@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import copy
+import functools
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import subspan.optim.tiling as tiling
 from subspan.nn.lowrank import low_rank_layers, merge_layers, select_layers, weight_recipe
 from subspan.nn.lowrank.layer import add_product_
 from subspan.state import Int8Weight
@@ -123,11 +126,28 @@ def test_ties_that_would_be_lost_are_refused() -> None:
     for name in ("mhlora", "lte"):
         with pytest.raises(ValueError, match=r"head.weight is tied to target.weight, which cannot be given up"):
             weight_recipe(name, heads=2, rank=2).apply(Tied(ScaledEmbedding), target_modules="logit")
+        with pytest.raises(ValueError, match=r"head.weight is tied to target.weight, which cannot be given up"):
+            limited: Any = functools.partial(nn.Embedding, max_norm=1.0)
+            weight_recipe(name, heads=2, rank=2).apply(Tied(limited), target_modules="logit")
         model = Tied()
         model.again = nn.Linear(16, 16)
         model.again.weight = model.middle.weight
         with pytest.raises(ValueError, match=r"middle.weight is tied to again.weight"):
             weight_recipe(name, heads=2, rank=2).apply(model, target_modules=["middle"])
+
+
+def test_a_tied_row_that_is_padding_gets_no_gradient_by_being_looked_up() -> None:
+    model: Any = Tied(functools.partial(nn.Embedding, padding_idx=3))  # type: ignore[arg-type]
+    weight_recipe("mhlora", heads=2, rank=2).apply(model, target_modules="logit")
+    weight = model.head.weight.requires_grad_(True)
+    model.target(torch.arange(6)).sum().backward()
+    assert [bool(row.any()) for row in weight.grad[:6]] == [True, True, True, False, True, True]
+
+
+def test_factors_of_float16_weights_are_held_in_float32() -> None:
+    for dtype, held in ((torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)):
+        weights = weight_recipe("mhlora", heads=2, rank=2).apply(nn.Sequential(nn.Linear(8, 8)).to(dtype))
+        assert {factor.dtype for factor in weights.factors().values()} == {held}
 
 
 def test_the_draws_depend_on_seed_and_name_alone() -> None:
@@ -253,6 +273,12 @@ def add_key(key: int) -> torch.Tensor:
     W = torch.ones(64, 64, dtype=torch.bfloat16)
     add_product_(W, torch.full((64, 1), 2.0**-5), torch.full((1, 64), 2.0**-5), key=torch.tensor(key))
     return W
+
+
+def test_rounding_does_not_depend_on_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = add_key(7)
+    monkeypatch.setattr(tiling, "_CPU_TILE", 64 * 20)
+    assert torch.equal(add_key(7), whole)
 
 
 def test_merged_layers_keep_class_and_bias() -> None:

@@ -229,6 +229,26 @@ def test_with_a_whole_frozen_factor_it_is_galore_between_refreshes(shape: tuple[
     assert (one[0].weight - start).abs().max() > 0.05
 
 
+def test_what_is_held_and_in_which_dtype() -> None:
+    """Of 64·128 numbers the codes, scales of 128 blocks, and with 8 bits for a scale that of these scales."""
+    for double, nbytes in ((False, 4096 + 4 * 128), (True, 4096 + 128 + 4)):
+        model = nn.Sequential(nn.Linear(64, 128))
+        LoQT(rank=4, double_quantization=double).apply(model)
+        assert sum(held.nbytes for name, held in model[0].named_buffers() if name.startswith("weight")) == nbytes
+    half = nn.Sequential(nn.Linear(64, 128)).bfloat16()
+    LoQT(rank=4, **FLOAT).apply(half)
+    assert {held.dtype for held in half[0].buffers()} == {half[0].factor.dtype} == {torch.bfloat16}
+
+
+def test_each_layer_and_each_refresh_has_a_sketch_of_its_own() -> None:
+    _, weights, _ = built(first_gap=3)
+    keys = []
+    for step in (0, 2):
+        weights.begin_step(step)
+        keys += [int(layer._key) for layer in weights.layers.values()]
+    assert len(set(keys)) == 8
+
+
 def test_refreshes_come_after_the_first_step_and_at_growing_gaps() -> None:
     model, weights, optimizer = built(first_gap=3, growth=2.0)
     said = train(model, weights, optimizer, range(30))
@@ -277,6 +297,22 @@ def test_the_moments_of_the_factor_at_a_refresh(optimizer: Any, moments: str) ->
     assert torch.equal(state["exp_avg_sq"], torch.zeros_like(V) if moments == "reset" else V)
     assert int(state["step"]) == (0 if moments == "reset" else 5)
     assert not ((state["exp_avg_sq"] == 0) & (state["exp_avg"] != 0)).any()
+
+
+def test_no_first_moment_is_turned_to_where_the_second_one_is_zero() -> None:
+    """It would be divided by ε."""
+    model, weights, adam = built("float")
+    train(model, weights, adam, range(4))
+    weights.begin_step(4)
+    x, y = batch(4)
+    (model(x) - y).square().mean().backward()
+    adam.step()
+    state = adam.state[model.tall.factor]
+    for key in ("exp_avg", "exp_avg_sq"):
+        state[key][0] = 0.0
+    assert weights.end_step(4, adam)
+    assert not state["exp_avg"][0].any()
+    assert state["exp_avg"][1:].all()
 
 
 @pytest.mark.parametrize("moments", ["rotate", "reset"])

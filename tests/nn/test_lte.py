@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import socket
 from pathlib import Path
@@ -16,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from subspan.linalg import seeded_generator
 from subspan.nn.lowrank import LTE, low_rank_layers, weight_recipe
-from subspan.nn.lowrank.replicas import Replicas
-from subspan.optim import AdamW
+from subspan.nn.lowrank.replicas import Replicas, mean
+from subspan.optim import AdamW, create_optimizer
 
-from .test_heads import gpt2, llama, tokens
+from .test_heads import Tied, gpt2, llama, stir, tokens
 
 
 class Net(nn.Module):
@@ -238,9 +239,49 @@ def test_running_means_of_copies_are_averaged() -> None:
     assert all(torch.allclose(copy.running_mean, mean) for copy in copies)
 
 
-def test_a_run_that_is_stopped_between_merges_continues_bit_by_bit() -> None:
+def test_what_is_exported_between_merges_is_the_mean_of_the_heads() -> None:
+    weights = LTE(heads=4, rank=3, alpha=6, merge_every=100).apply(Net(), target_modules=TARGETS)
+    train(weights, optimizer_of(weights, 0.1), range(5))
+    x = data(9, 3)
+    expected = weights.model.eval()(x)
+    weights.merge()
+    assert torch.allclose(weights.model(x), expected, atol=1e-5)
+
+
+def test_a_tied_embedding_looks_up_the_rows_of_each_head() -> None:
+    model, ids = Tied(), tokens()
+    plain = copy.deepcopy(model)
+    recipe = LTE(heads=2, rank=2, alpha=4, others="shared")
+    layer: Any = recipe.apply(model, target_modules="logit").layers["head"]
+    stir(model)
+    found = model(ids)
+    for head, part in enumerate(ids.chunk(2)):
+        news = layer.lora_B[head].T @ layer.lora_A[head] - layer.merged_B[head].T @ layer.merged_A[head]
+        W = (layer.weight + 2.0 * news).detach()
+        tied = {f"{name}.weight": W for name in ("source", "target", "head")}
+        expected = torch.func.functional_call(plain, tied, (part,), tie_weights=False)
+        assert torch.allclose(found.chunk(2)[head], expected, atol=1e-5)
+
+
+def test_copies_stay_tied_where_the_modules_were() -> None:
+    model = gpt2()
+    weights = LTE(heads=2, rank=2, alpha=2, merge_every=1).apply(model, target_modules="attention")
+    heads, embeddings = model.lm_head.copies, model.transformer.wte.copies
+    assert all(heads[n].weight is embeddings[n].weight for n in ("0", "1"))
+    assert heads["0"].weight is not heads["1"].weight
+    weights.merge()
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_means_of_bfloat16_are_summed_in_float32() -> None:
+    values = (256.0, 1.0, 1.0, 1.0, 1.0)  # bfloat16 does not have 257
+    assert mean([torch.full((3,), value, dtype=torch.bfloat16) for value in values], 5).tolist() == [52.0] * 3
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_run_that_is_stopped_between_merges_continues_bit_by_bit(reset: bool) -> None:
     def fresh() -> tuple[Any, Any]:
-        weights = LTE(heads=4, rank=3, alpha=6, merge_every=3, reset=True).apply(Net(), target_modules=TARGETS)
+        weights = LTE(heads=4, rank=3, alpha=6, merge_every=3, reset=reset).apply(Net(), target_modules=TARGETS)
         return weights, optimizer_of(weights)
 
     whole, optimizer = fresh()
@@ -272,6 +313,22 @@ def test_each_head_is_clipped_by_its_own_norm() -> None:
     assert own[1] == pytest.approx(5.0, rel=1e-4) and all(value < 5 for i, value in enumerate(own) if i != 1)
     assert float(norm) > 50
     assert torch.equal(weights.model.get_submodule("norm").copies["0"].weight.grad, before["norm.copies.0.weight"])
+
+
+def test_what_heads_share_is_clipped_by_its_own_norm() -> None:
+    weights = LTE(heads=4, rank=3, alpha=6, others="shared").apply(Net(), target_modules=TARGETS)
+    loss(weights.model, 100 * data(0)).backward()
+    heads, shared = [], []
+    for name, parameter in weights.model.named_parameters():
+        if parameter.grad is not None:
+            (heads if "lora_" in name else shared).append(parameter.grad)
+    own = torch.stack([4 * torch.cat([part[head].flatten() for part in heads]).norm() for head in range(4)])
+    whole = torch.cat([gradient.flatten() for gradient in shared]).norm()
+    assert own.min() > 1 and whole > 1
+    assert torch.allclose(weights.clip_grad_norm_(1.0), own.square().mean().sqrt())
+    for head in range(4):
+        assert float(4 * torch.cat([part[head].flatten() for part in heads]).norm()) == pytest.approx(1.0, rel=1e-4)
+    assert float(torch.cat([gradient.flatten() for gradient in shared]).norm()) == pytest.approx(1.0, rel=1e-4)
 
 
 def test_amp_gives_the_gradients_of_float32() -> None:
@@ -312,6 +369,20 @@ def test_bfloat16_weights_follow_float32_ones() -> None:
     assert abs(moved["nearest"]) < 0.5 * moved["stochastic"]
 
 
+def test_each_layer_and_each_merge_is_rounded_by_draws_of_its_own() -> None:
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)).bfloat16()
+    weights = LTE(heads=1, rank=1, alpha=1, merge_every=1, reset=True).apply(model)
+    moved = []
+    for step in range(2):
+        for layer in weights.layers.values():
+            layer.weight.fill_(1.0)
+            layer.lora_A.data.fill_(1.0)
+            layer.lora_B.data.fill_(2**-8)  # half the gap above 1
+        weights.merge_heads(step, optimizer_of(weights))
+        moved += [layer.weight > 1 for layer in weights.layers.values()]
+    assert all(0.4 < float((one == other).float().mean()) < 0.6 for one, other in itertools.combinations(moved, 2))
+
+
 def test_bad_use_is_named() -> None:
     for setting, value in (("merge_every", 0), ("others", "both"), ("rounding", "up")):
         with pytest.raises(ValueError, match=f"{setting} is {value!r}"):
@@ -332,6 +403,11 @@ def test_bad_use_is_named() -> None:
     routed = LTE(heads=4, rank=2).apply(Routed())
     with pytest.raises(RuntimeError, match="given 5 rows of a batch of 8 sequences"):
         routed.model(data(0))
+    tied = LTE(heads=2, rank=2).apply(Tied(), target_modules="logit")
+    embedding: Any = tied.model.get_submodule("source")
+    tied.model(tokens())
+    with pytest.raises(RuntimeError, match="given 4 rows of a batch of 8 sequences"):
+        embedding(tokens()[:4])
 
     class Bare(nn.Module):
         def __init__(self) -> None:
@@ -382,6 +458,8 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
     for name, recipe, max_norm in RUNS:
         weights = recipe.apply(Net(), target_modules=TARGETS)
         answers[name] = result(weights, optimizer_of(weights), max_norm)
+    for method in PROJECTED:
+        answers[method] = projected(method)
     try:
         LTE(heads=3, rank=2).apply(Net(), target_modules=TARGETS)
     except ValueError as error:
@@ -396,6 +474,26 @@ RUNS = [
 ]
 
 
+def started() -> list[tuple[str, Any, float]]:
+    return [(name, recipe.apply(Net(), target_modules=TARGETS), norm) for name, recipe, norm in RUNS]
+
+
+#: Methods whose subspaces are found from a sketch, drawn and kept, and drawn again in each step.
+PROJECTED: dict[str, dict[str, Any]] = {"galore": {}, "golore": {"golore_after": 0}, "apollo": {}}
+
+
+def projected(method: str) -> dict[str, Tensor]:
+    """The model after some steps in which the gradients of the factors were projected."""
+    weights = RUNS[0][1].apply(Net(), target_modules=TARGETS)
+    factors = {id(factor) for factor in weights.factors().values()}
+    named = list(weights.model.named_parameters())
+    groups = [
+        {"params": [(name, p) for name, p in named if id(p) in factors], "rank": 2, "update_proj_gap": 2},
+        {"params": [(name, p) for name, p in named if id(p) not in factors]},
+    ]
+    return result(weights, create_optimizer(method, groups, lr=0.01, **PROJECTED[method]), 0.5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_one_process_with_all_heads_is_several_with_some(world: int, tmp_path: Path) -> None:
@@ -404,12 +502,11 @@ def test_one_process_with_all_heads_is_several_with_some(world: int, tmp_path: P
         port = free.getsockname()[1]
     mp.spawn(worker, (world, port, str(tmp_path)), nprocs=world)
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
-    for name, recipe, max_norm in RUNS:
-        weights = recipe.apply(Net(), target_modules=TARGETS)
-        whole = result(weights, optimizer_of(weights), max_norm)
+    expected = {name: result(w, optimizer_of(w), norm) for name, w, norm in started()}
+    for name, whole in (expected | {method: projected(method) for method in PROJECTED}).items():
         for key, value in whole.items():
             held = [part[name][key] for part in parts if key in part[name]]
-            if "lora_" in key or "merged_" in key or (key == "first.bias" and "replicated" in name):
+            if "lora_" in key or "merged_" in key or (key == "first.bias" and "shared" not in name):
                 held = [torch.cat(held)]
             assert held, key
             for other in held:

@@ -119,6 +119,7 @@ def test_the_function_stays_the_base_moves_and_gradients_flow(kind: str) -> None
     assert (model(x) - before(x)).abs().max() <= 1e-5
     model.train()
     assert all(p is q for p, q in zip(trained, weights.factors().values(), strict=True))  # the optimizer has them
+    assert all(layer._merged is None for layer in weights.layers.values())  # nor is a second weight kept
     for name, layer in weights.layers.items():
         after = layer.layer.get_base_layer().state_dict()
         assert any(not torch.equal(value, bases[name][key]) for key, value in after.items())
@@ -238,3 +239,12 @@ def test_bfloat16_weights_are_rounded_once(rounding: Any) -> None:
     assert layer.weight.dtype == torch.bfloat16
     share = float((layer.weight.float() - start).mean() / (40 * delta))
     assert share == pytest.approx(1, abs=0.1) if rounding == "stochastic" else share < 0.5
+
+
+def test_new_factors_are_rounded_to_nearest() -> None:
+    drawn = []
+    for rounding in ("nearest", "stochastic"):
+        model = adapted(*KINDS["lora"]).to(torch.bfloat16)
+        restart_peft(model, ReLoRA(restart_every=4, rounding=rounding)).restart(3)  # type: ignore[arg-type]
+        drawn.append(model.base_model.model.up.lora_A["default"].weight)
+    assert drawn[0].dtype == torch.bfloat16 and torch.equal(*drawn)

@@ -14,7 +14,15 @@ from references import relora
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from subspan.nn.lowrank import LowRankWeights, PeriodicLinear, PeriodicLoRA, ReLoRA, RestartedLinear, weight_recipe
+from subspan.nn.lowrank import (
+    LowRankWeights,
+    PeriodicLinear,
+    PeriodicLoRA,
+    RandomPrune,
+    ReLoRA,
+    RestartedLinear,
+    weight_recipe,
+)
 from subspan.optim import AdamW
 
 Maker = Callable[[], LowRankWeights]
@@ -95,12 +103,13 @@ def test_the_function_stays_and_gradients_flow(recipe: Any) -> None:
     assert changed == [done - 1 for done in range(6, 21, 6)] or changed == [10, 16]
 
 
-@pytest.mark.parametrize("share", [1.0, 0.9])
-def test_the_reference_loop(share: float) -> None:
+@pytest.mark.parametrize(("kind", "share"), [(ReLoRA, 1.0), (ReLoRA, 0.9), (PeriodicLoRA, 1.0)])
+def test_the_reference_loop(kind: Any, share: float) -> None:
     steps, period, rewarm = 24, 8, 3
     model = network()
     dense = [model[0].weight.detach().clone(), model[2].weight.detach().clone()]
-    recipe = ReLoRA(rank=4, alpha=8.0, restart_every=period, rewarm=rewarm, prune=share)
+    pruned = {"prune": share} if kind is ReLoRA else {}
+    recipe = kind(rank=4, alpha=8.0, restart_every=period, rewarm=rewarm, **pruned)
     weights = recipe.apply(model, steps=steps)
     assert isinstance(weights.layers["0"], RestartedLinear)
 
@@ -179,6 +188,28 @@ def test_a_dense_start_is_dense_training() -> None:
     assert [round(model.rate(step, lambda step: 1.0), 2) for step in (4, 5, 6, 7, 10, 11)] == [1, 0, 0.5, 1, 1, 0]
 
 
+def test_the_switch_forgets_the_gradients_of_what_is_frozen() -> None:
+    """An optimizer that is given zeros in place of None would let the frozen weights decay."""
+    weights = ReLoRA(rank=4, restart_every=6, full_rank_steps=1).apply(network())
+    optimizer = AdamW(named(weights.model))
+    weights.begin_step(0)
+    x, y = batch(0)
+    (weights.model(x) - y).square().mean().backward()
+    optimizer.step()
+    layers: Any = weights.layers.values()
+    assert all(layer.weight.grad is not None for layer in layers)
+    weights.end_step(0, optimizer)
+    assert all(layer.weight.grad is None for layer in layers)
+
+
+def test_a_dense_start_leaves_the_factors_out() -> None:
+    layer, x = RestartedLinear(nn.Linear(12, 10), rank=3, scale=1.0), torch.randn(4, 12)
+    nn.init.constant_(layer.lora_A, float("nan"))
+    assert not layer(x).isfinite().any()
+    layer.adapt_(False)
+    assert layer(x).isfinite().all()
+
+
 def test_lazy_adapters_come_in_the_last_steps() -> None:
     weights = ReLoRA(rank=4, lazy=0.1).apply(network(), steps=100)
     for step, adapts in ((0, False), (89, False), (90, True), (99, True)):
@@ -215,12 +246,52 @@ def test_the_rank_of_the_sum_grows() -> None:
     assert torch.linalg.matrix_rank(change, rtol=1e-4) == 6  # two restarts
 
 
+def test_each_layer_and_each_cycle_has_factors_of_its_own() -> None:
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
+    weights: Any = ReLoRA(rank=4, restart_every=5).apply(model)
+    drawn = []
+    for step in (4, 9):
+        weights.restart(step)
+        drawn += [float(layer.lora_A.detach().sum()) for layer in weights.layers.values()]
+    assert len(set(drawn)) == 4
+
+
 def test_the_first_factors() -> None:
     layer = RestartedLinear(nn.Linear(100, 64), rank=64, scale=1.0)
     layer.reset_(torch.Generator().manual_seed(0))
     A = layer.lora_A.detach() * 100**0.5
     assert not layer.lora_B.any() and A.abs().max() <= 1
     assert float(A.mean()) == pytest.approx(0, abs=0.02) and float(A.var()) == pytest.approx(1 / 3, abs=0.01)
+
+
+def test_dropout_drops_inputs_of_the_factors_alone() -> None:
+    layer = RestartedLinear(nn.Linear(12, 10), rank=3, scale=2.0, dropout=0.5)
+    layer.reset_(torch.Generator().manual_seed(0))
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(6, 12)
+    torch.manual_seed(1)
+    found = layer(x)
+    torch.manual_seed(1)
+    dropped = nn.functional.dropout(x, 0.5)
+    D = 2.0 * layer.lora_B[0].mT @ layer.lora_A[0]
+    assert torch.allclose(found, nn.functional.linear(x, layer.weight, layer.bias) + dropped @ D.mT, atol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_what_is_unloaded_in_stages_is_rounded_stochastically_on_wish(momentum: float) -> None:
+    moved = {}
+    for rounding in ("nearest", "stochastic"):
+        model = nn.Sequential(nn.Linear(64, 64, bias=False)).bfloat16()
+        recipe = PeriodicLoRA(rank=1, alpha=1.0, restart_every=5, momentum=momentum, rounding=rounding)  # type: ignore[arg-type]
+        weights: Any = recipe.apply(model)
+        layer = weights.layers["0"]
+        layer.weight.fill_(1.0)
+        layer.lora_A.data.fill_(1.0)
+        layer.lora_B.data.fill_(2**-11 / (1 - momentum))  # a sixteenth of the gap above 1 is unloaded
+        weights.restart(4)
+        moved[rounding] = float(layer.weight.float().mean()) - 1
+    assert moved["nearest"] == 0
+    assert moved["stochastic"] == pytest.approx(2**-11, rel=0.25)
 
 
 def test_momentum_unloads_everything_in_the_end() -> None:
@@ -317,8 +388,14 @@ def test_settings_of_a_run() -> None:
         ReLoRA(rank=4, full_rank_steps=8).apply(network(), steps=8)
     with pytest.raises(ValueError, match=r"momentum is 1\.0"):
         weight_recipe("periodic_lora", momentum=1.0)
+    for momentum in (0.0, 0.5):
+        layers: Any = PeriodicLoRA(rank=4, restart_every=8, dropout=0.3, momentum=momentum).apply(network()).layers
+        assert [layer.dropout for layer in layers.values()] == [0.3, 0.3]
     parts = ReLoRA().parts(20_000)  # the paper's cycles
     assert (parts["when"].period, parts["rewarm"].steps) == (5000, 100)
+    assert [ReLoRA(restart_every=period).parts()["rewarm"].steps for period in (400, 600, 12)] == [10, 12, 6]
+    parts = ReLoRA(restart_every=9, state="random", prune=0.8, rounding="stochastic").parts()
+    assert (parts["state"], parts["rounding"]) == (RandomPrune(0.8), "stochastic")
 
 
 def trained(rank: int, world: int) -> dict[str, Any]:

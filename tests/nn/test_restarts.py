@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -121,6 +121,7 @@ def test_one_choice_for_all_moments(kind: str, settings: Any, transform: Any) ->
     assert share == pytest.approx(expected, abs=0.02)
     assert pruned.zeroed / pruned.total == pytest.approx(expected, abs=0.02)
     kept = v != 0
+    assert not any(after[key][~kept].any() for key in before.keys() - {"step"})  # the largest of AMSGrad too
     if settings.get("moments") is None:  # codes of blocks are scaled anew
         for key in before.keys() - {"step"}:
             assert torch.equal(after[key][kept], before[key][kept])
@@ -263,3 +264,18 @@ def test_small_products_reach_bfloat16_in_the_mean() -> None:
         deltas[rounding] = float(layer.weight.float().mean()) - 1
     assert deltas["nearest"] == 0
     assert deltas["stochastic"] == pytest.approx(50 * 2**-11, rel=0.05)
+
+
+def test_each_layer_and_each_restart_is_rounded_by_draws_of_its_own() -> None:
+    """Else the same entries would take up all that is lost of the others."""
+    layers = {name: RestartedLinear(nn.Linear(64, 64, bias=False), rank=1, scale=1.0).bfloat16() for name in "ab"}
+    weights = Restarts(nn.ModuleDict(layers), layers, when=Every(1), rounding="stochastic")
+    moved = []
+    for step in range(2):
+        for layer in layers.values():
+            layer.weight.fill_(1.0)
+            layer.lora_A.data.fill_(1.0)
+            layer.lora_B.data.fill_(2**-8)  # half the gap above 1
+        weights.restart(step)
+        moved += [layer.weight > 1 for layer in layers.values()]
+    assert all(0.4 < float((one == other).float().mean()) < 0.6 for one, other in combinations(moved, 2))

@@ -144,6 +144,14 @@ def test_half_precision() -> None:
     assert half.dense().weight.dtype == torch.bfloat16
 
 
+def test_tiles_of_bfloat16_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "_CPU_TILE", 8)  # 512 tiles of one row
+    layer = SLTrainLinear(nn.Linear(8, 512, bias=False).bfloat16(), rank=2, scale=1.0, delta=0.1)
+    nn.init.ones_(layer.lora_B)
+    layer(torch.ones(64, 8, dtype=torch.bfloat16)).sum().backward()
+    assert layer.lora_A.grad is not None and (layer.lora_A.grad == 512 * 64).all()
+
+
 def test_places_are_uniformly_random() -> None:
     layer = SLTrainLinear(nn.Linear(4, 5), rank=1, scale=1.0, delta=0.35)
     counts = torch.zeros(20)

@@ -114,7 +114,7 @@ def test_layouts_stacks_and_dtypes_do_not_matter(name: str) -> None:
 
 @both
 def test_parts_hold_parts(name: str) -> None:
-    codec, X = CODECS[name], normal((1, 40_000))
+    codec, X = CODECS[name], normal((1, 40_010))  # its last block is not whole
     coded, whole = codec.encode(X), through(codec, X).flatten()
     for start in range(0, X.numel(), codec.block * 100 if name == "nf4" else codec.block):
         stop = min(X.numel(), start + codec.block)
@@ -129,6 +129,17 @@ def test_stochastic_rounding_keeps_the_mean() -> None:
     drawn = NF4.decode(coded, (count, 1, 64))[:, 0, :10]
     spread = drawn.std(dim=0) / math.sqrt(count)
     assert ((drawn.mean(dim=0) - X[0, :10]).abs() <= 5 * spread + 1e-6).all()
+
+
+def test_scales_of_8_bits_leave_stochastic_codes_as_they_are() -> None:
+    X = normal((30, 70))
+    one, other = (codec.encode(X, torch.Generator().manual_seed(1))[""] for codec in CODECS.values())
+    assert torch.equal(one, other)
+    assert not torch.equal(one, NF4.encode(X)[""])
+
+
+def test_a_block_of_zeros_has_the_code_of_zero() -> None:
+    assert NF4.encode(torch.zeros(64))[""].tolist() == [0x77] * 32
 
 
 @pytest.mark.parametrize("settings", [{"bits": 8}, {"bits": 4, "signed": False}])

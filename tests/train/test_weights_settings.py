@@ -54,7 +54,6 @@ pytestmark = pytest.mark.usefixtures("one_layer")
         ({"weights": "factored", "shard": "full"}, "rebalance_gap=200: that takes whole factors and moments; give 0"),
         ({"adapter": "lora", "shard": "full"}, "adapter 'lora' cannot be divided over processes"),
         ({"adapter": "lora", "chunked_loss": True}, "chunked_loss is True"),
-        ({"adapter": "boft", "measure_memory": True}, "leave measure_memory out"),
         ({"weights": "lte", "batch_size": 6}, "batch_size is 6, which 4 parallel heads cannot divide evenly"),
         ({"project": "none"}, "project is 'none'; it must be factors, others or merged"),
     ],
@@ -70,6 +69,11 @@ def test_what_several_processes_with_heads_of_their_own_refuse() -> None:
     check_settings(PretrainConfig(**given), 2)
     with pytest.raises(ValueError, match="rank_policy is 'tolerance', which gives copies"):
         check_settings(PretrainConfig(**given, optimizer={"rank_policy": "tolerance"}), 2)
+    given |= {"method": "q_galore", "weight_storage": "float"}
+    check_settings(PretrainConfig(**given), 2)
+    check_settings(PretrainConfig(**given | {"project": "factors", "rank": 2}), 1)
+    with pytest.raises(ValueError, match="method is 'q_galore', which gives heads in several processes gaps of their"):
+        check_settings(PretrainConfig(**given | {"project": "factors", "rank": 2}), 2)
     with pytest.raises(ValueError, match="processes share parallel heads: plan one of them"):
         plan_recipe(PlanSettings(model="llama_9m", weights="lte", batch_size=4, world_size=2))
 

@@ -19,7 +19,7 @@ from subspan.optim.shards import local
 from subspan.state import Int8Weight, held
 from subspan.state.host import as_on_accelerator, rehearsed
 
-__all__ = ["advance", "materialise", "rehearse_step", "simulated"]
+__all__ = ["advance", "materialise", "real_indices", "rehearse_step", "simulated"]
 
 # Elements of a parameter above which it is never stacked with others, so that one stands for all that are alike.
 _LARGE = 1 << 16
@@ -28,6 +28,7 @@ _TABLE = 1 << 10
 _ARITHMETIC = (torch.ops.aten.add.Tensor, torch.ops.aten.mul.Tensor)
 _EMPTY = torch.ops.aten.empty.memory_format
 _READ = torch.ops.aten._local_scalar_dense.default
+_ISINF = torch.ops.aten.isinf.default
 
 
 @contextlib.contextmanager
@@ -74,6 +75,9 @@ class _HostNumbers(TorchDispatchMode):
         if func is _READ and fake:
             dtype = args[0].dtype
             return float(self.number) if dtype.is_floating_point else dtype == torch.bool or self.number
+        if func is _ISINF and fake:  # what is not there is finite
+            with unset_fake_temporarily():
+                return torch.zeros(args[0].shape, dtype=torch.bool)
         if not fake and not _is_bulk(func, tensors) and (tensors or _makes_host_numbers(func, args, kwargs)):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
@@ -93,6 +97,32 @@ def _makes_host_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     if kwargs.get("dtype") in (torch.int64, torch.int32) or not shape:
         return True
     return func is not _EMPTY and len(shape) == 1 and shape[0] <= _TABLE
+
+
+@contextlib.contextmanager
+def real_indices() -> Iterator[None]:
+    """What is made on the meta device has no numbers but for indices, which Python code reads: they are on the CPU.
+
+    Adapters that permute or pick entries make their layers so. Ranges and integer factories are indices.
+
+    Example:
+        >>> with torch.device("meta"), real_indices():
+        ...     weight, order = torch.ones(1_000_000, 1_000_000), torch.arange(3)
+        >>> weight.device.type, order
+        ('meta', tensor([0, 1, 2]))
+    """
+    with _RealIndices():
+        yield
+
+
+class _RealIndices(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if "device" not in kwargs or any(True for _ in tensors_in(args)) or not result.is_meta:
+            return result
+        index = not result.is_floating_point() or func.overloadpacket is torch.ops.aten.arange
+        return func(*args, **kwargs | {"device": "cpu"}) if index else result
 
 
 def materialise(model: nn.Module) -> None:

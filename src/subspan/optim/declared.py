@@ -117,7 +117,8 @@ class DeclaredOptimizer(torch.optim.Optimizer):
 
     def _shards(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Shards:
         if not is_sharded(parameter):
-            return WHOLE
+            part_of = getattr(parameter, "part_of", None)
+            return WHOLE if part_of is None else Shards(part_of=part_of)
         geometry = self._geometry(name, parameter, group, self._state(parameter))
         # Bases that are drawn again in each step are not held.
         divides = self.divides_bases and self.method.subspace is not None and self.method.subspace.stored

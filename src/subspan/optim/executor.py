@@ -304,8 +304,8 @@ class Executor(Averaged):
         for task in bucket:
             generator = seeded_generator(self.seed, task.name, int(task.state["refreshes"]) - 1)
             operator = task.shards.operator(oriented(task.parameter, task.right))  # for its shape alone
-            tensors = subspace.find(operator, task.geometry, generator=generator, step=0, group=task.group).tensors
-            found.append({key: task.shards.piece(key, specs[key], X) for key, X in tensors.items()})
+            drawn = task.shards.find(subspace, operator, task.geometry, generator=generator, step=0, group=task.group)
+            found.append({key: task.shards.piece(key, specs[key], X) for key, X in drawn.tensors.items()})
         return {key: gather([tensors[key] for tensors in found]) for key in specs}
 
     def _rounding_key(self, name: str, group: dict[str, Any], step: int, shards: Shards = WHOLE) -> Tensor | None:

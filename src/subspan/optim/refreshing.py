@@ -142,13 +142,13 @@ class Refreshing(StoredOptimizer):
     def _find(self, name: str, parameter: Tensor, operator: MatrixOperator, group: dict[str, Any], step: int) -> Found:
         """The subspace for the gradient behind ``operator``; changes nothing."""
         assert self.method.subspace is not None
-        state = self._state(parameter)
+        state, shards = self._state(parameter), self._shards(name, parameter, group)
         geometry = self._geometry(name, parameter, group, state, refresh=True)
         assert geometry is not None
         if not geometry.projected or 0 in operator.shape:  # this process may have none of a stack
             return Found({})
         generator = seeded_generator(self.seed, self._partners(name)[0], int(state["refreshes"]))
-        return self.method.subspace.find(operator, geometry, generator=generator, step=step, group=group)
+        return shards.find(self.method.subspace, operator, geometry, generator=generator, step=step, group=group)
 
     def _go_over(self, name: str, parameter: Tensor, found: Found, group: dict[str, Any], step: int) -> Tensor | None:
         """Go over to the subspace that was found, carrying the moments; returns its projected gradient if known."""

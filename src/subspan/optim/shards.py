@@ -20,7 +20,7 @@ from subspan.optim.projection import Projection, Selection
 from subspan.state import StateSpec
 
 if TYPE_CHECKING:
-    from subspan.optim.method import Update
+    from subspan.optim.method import Found, Geometry, Subspace, Update
 
 
 def is_sharded(X: Tensor) -> bool:
@@ -43,6 +43,14 @@ def shard_group(mesh: Any) -> Any:
     return mesh.get_group(mesh.ndim - 1)
 
 
+def mark_part(parameter: Tensor, size: int, first: int) -> None:
+    """Mark a parameter as a part of a stack of ``size`` matrices, from number ``first`` on.
+
+    The other parts are parameters of other processes. Its subspaces are drawn as they are where one has the stack.
+    """
+    parameter.part_of = (size, first)  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
 class Shards:
     """How one parameter, its projected gradient and its state lie on the processes.
@@ -53,6 +61,7 @@ class Shards:
         stack: number of matrices, where the parameter is a stack of which each process has some.
         divides_basis: hold a piece of the basis also where all of it is used in each step, which gathers it each time.
         mesh: of the parameter; None where it is whole.
+        part_of: see `mark_part`.
     """
 
     division: Division | None = None
@@ -60,12 +69,22 @@ class Shards:
     stack: int | None = None
     divides_basis: bool = False
     mesh: Any = None
+    part_of: tuple[int, int] | None = None
 
     def operator(self, G: Tensor) -> MatrixOperator:
         """The whole oriented gradient, of which G is the piece of this process."""
         if self.division is not None:
             return DividedOperator(G, self.division)
-        return DenseOperator(G, None if self.stack is None else (self.stack, self.own(self.stack).start))
+        return DenseOperator(G, self.part_of if self.stack is None else (self.stack, self.own(self.stack).start))
+
+    def find(self, subspace: Subspace, operator: MatrixOperator, geometry: Geometry, **kwargs: Any) -> Found:
+        """The subspace; what is drawn without looking at the gradient is drawn for the whole of a marked stack."""
+        if self.part_of is None:
+            return subspace.find(operator, geometry, **kwargs)
+        (size, first), (count, *rest) = self.part_of, geometry.batch
+        found = subspace.find(operator, replace(geometry, batch=(size, *rest)), **kwargs)
+        drawn = found.tensors.items()
+        return replace(found, tensors={k: X[first : first + count] if X.shape[:1] == (size,) else X for k, X in drawn})
 
     def project(self, projection: Projection, G: Tensor) -> Tensor:
         """R = PᵀG: the columns of this process."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +11,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from subspan.linalg import seeded_generator
+from subspan.memory.simulate import real_indices
 from subspan.nn.lowrank import LowRankWeights, select_layers
 from subspan.optim.groups import unknown_setting
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-__all__ = ["ADAPTERS", "UNPLANNED", "AdapterWeights", "adapter_config", "apply_adapter", "check_adapter"]
+__all__ = ["ADAPTERS", "AdapterWeights", "adapter_config", "apply_adapter", "check_adapter"]
 
 #: Settings that make a kind of their own of peft's LoRA.
 _KINDS_OF_LORA: dict[str, dict[str, Any]] = {
@@ -31,8 +33,6 @@ ADAPTERS = (
     *_KINDS_OF_LORA,
     *("loha", "lokr", "vera", "randlora", "hra", "oft", "boft", "ia3", "fourierft", "vblora", "hira"),
 )
-#: Those that compute with their first values, which a plan does not have.
-UNPLANNED = ("boft", "fourierft", "vblora")
 #: Fields of peft's configs that are settled by the settings of the run, or by what a run is.
 _SETTLED = {
     "target_modules": "target_modules", "exclude_modules": "exclude", "base_model_name_or_path": "model",
@@ -144,7 +144,8 @@ def adapter_config(adapter: str, settings: dict[str, Any], layers: list[str], dr
         if isinstance(values[name], str) and annotations[name] in ("int", "float"):
             raise ValueError(f"adapter_settings.{name} is {values[name]!r}; it must be a number.")
     values |= own
-    if not drawn and isinstance(values.get("init_lora_weights"), str):
+    # What freezes B stays: peft finds no values for it on the meta device.
+    if not drawn and isinstance(values.get("init_lora_weights"), str) and values["init_lora_weights"].lower() != "mica":
         values["init_lora_weights"] = True
     if adapter == "ia3":
         values.setdefault("feedforward_modules", [])
@@ -166,7 +167,7 @@ def apply_adapter(
 ) -> AdapterWeights:
     """Put an adapter on the chosen layers of a model, whose other weights are frozen; see `AdapterWeights.model`.
 
-    What is drawn depends on ``seed`` alone. On the meta device nothing is computed.
+    What is drawn depends on ``seed`` alone. On the meta device nothing is computed but indices.
 
     Raises:
         ValueError: settings that do not fit the model, or no such layer.
@@ -174,8 +175,9 @@ def apply_adapter(
     from peft import get_peft_model
 
     layers = list(select_layers(model, target_modules, exclude))
-    config = adapter_config(adapter, settings, layers, drawn=model.device.type != "meta")
-    with torch.random.fork_rng(devices=[]):
+    drawn = model.device.type != "meta"
+    config = adapter_config(adapter, settings, layers, drawn)
+    with torch.random.fork_rng(devices=[]), contextlib.nullcontext() if drawn else real_indices():
         torch.manual_seed(seeded_generator(seed, "adapter").initial_seed())
         try:
             wrapped: Any = get_peft_model(model, config)

@@ -22,7 +22,6 @@ from subspan.memory.training import trace_training
 from subspan.nn.lowrank import LowRankWeights, list_weights, weight_recipe
 from subspan.optim import LowRankOptimizer, create_optimizer, list_methods, method_info
 from subspan.optim.groups import unknown_setting
-from subspan.train.adapters import UNPLANNED
 from subspan.train.config import PretrainConfig
 from subspan.train.optimizer import build_optimizer, check_settings, hold_weights, resolve
 from subspan.train.plan_settings import PlanSettings
@@ -95,9 +94,6 @@ def plan_recipe(settings: PlanSettings) -> Recipe:
         FileNotFoundError: a model folder that does not exist.
     """
     config = _config(settings)
-    if settings.adapter in UNPLANNED:
-        why = "cannot be planned, since peft computes with its first values: start a run"
-        raise ValueError(f"adapter is {settings.adapter!r}, which {why}.")
     if settings.method not in BASELINES:
         check_settings(config, settings.world_size)
     elif settings.shard != "none":

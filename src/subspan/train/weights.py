@@ -25,7 +25,7 @@ from subspan.nn.lowrank import (
 )
 from subspan.optim import LowRankOptimizer, method_info
 from subspan.optim.names import canonical_name
-from subspan.train.adapters import UNPLANNED, adapter_factors, adapter_layers, apply_adapter, check_adapter
+from subspan.train.adapters import adapter_factors, adapter_layers, apply_adapter, check_adapter
 from subspan.train.callbacks import MetricsFile
 from subspan.train.config import PretrainConfig, check_types
 from subspan.train.processes import launched
@@ -96,12 +96,13 @@ def check_weights(config: PretrainConfig, processes: int) -> None:
                 "optimizer.rank_policy is 'tolerance', which gives copies in several processes ranks of their own, so "
                 "that they cannot be saved together: leave it out, or start one process."
             )
+        if processes > 1 and issubclass(kind, LTE) and config.method == "q_galore" and config.project == "factors":
+            raise ValueError(
+                "method is 'q_galore', which gives heads in several processes gaps of their own, so that they cannot "
+                "be saved together: give --method galore_8bit, or start one process."
+            )
     if config.adapter is not None:
         check_adapter(config.adapter, config.adapter_settings)
-        if config.measure_memory and config.adapter in UNPLANNED:
-            raise ValueError(
-                f"measure_memory is true, but adapter {config.adapter!r} cannot be planned: leave measure_memory out."
-            )
         if config.shard != "none":
             raise ValueError(
                 f"shard is {config.shard!r}, but adapter {config.adapter!r} cannot be divided over processes: leave "
@@ -202,8 +203,6 @@ def build_weights(model: PreTrainedModel, config: PretrainConfig) -> tuple[Any, 
             exclude=config.exclude,
             seed=config.seed,
         )
-        if config.activation_checkpointing:
-            model.enable_input_require_grads()
         if isinstance(recipe, (ReLoRA, PeriodicLoRA)):
             weights = restart_peft(weights.model, recipe, steps=config.steps, seed=config.seed)
     else:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from subspan.nn.lowrank.heads import HeadsLinear, rows_of
 from subspan.nn.lowrank.product import directions, heads_product
 from subspan.nn.lowrank.replicas import Batch, mean
+from subspan.optim.shards import mark_part
 
 __all__ = ["ParallelHeadsLinear"]
 
@@ -37,6 +38,9 @@ class ParallelHeadsLinear(HeadsLinear):
     def __init__(self, layer: nn.Module, *, rank: int, scale: float, batch: Batch, reset: bool, own_bias: bool) -> None:
         super().__init__(layer, heads=batch.heads, rank=rank, scale=scale)
         self.batch = batch
+        if batch.processes > 1:
+            for factor in (self.lora_A, self.lora_B):
+                mark_part(factor, batch.total, batch.first)
         self.register_buffer("merged_A", None if reset else torch.empty_like(self.lora_A.detach()))
         self.register_buffer("merged_B", None if reset else torch.zeros_like(self.lora_B.detach()))
         if own_bias and self.bias is not None:

@@ -245,10 +245,6 @@ def _fresh(tuner: Any, name: str, base: nn.Module, adapter: str, seed: int) -> n
         parent = child
     parent.add_module(last, base)
     config = copy.deepcopy(tuner.peft_config[adapter])
-    config.inference_mode = False
-    for setting in ("modules_to_save", "layer_replication", "trainable_token_indices"):
-        if getattr(config, setting, None):
-            setattr(config, setting, None)
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
