@@ -125,7 +125,8 @@ def test_what_is_drawn_follows_from_the_seed_of_the_run(tmp_path: Path, given: d
 @pytest.mark.parametrize("adapter", [None, "lora"])
 def test_restarts_know_the_length_of_the_run(tmp_path: Path, adapter: Any) -> None:
     base = build_model(str(tmp_path / "model.json"), seq_len=16)
-    weights: Any = build_weights(base, PretrainConfig(weights="relora", adapter=adapter, steps=40))[1]
+    config = PretrainConfig(weights="relora", weight_settings={"rank": 4}, adapter=adapter, steps=40)
+    weights: Any = build_weights(base, config)[1]
     assert weights.steps == 40 and [step for step in range(40) if weights.due(step)] == [9, 19, 29]
 
 
