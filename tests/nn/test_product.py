@@ -88,14 +88,51 @@ def test_nothing_of_the_size_of_the_matrix_is_kept() -> None:
 
 
 def test_bfloat16_weights_do_not_swallow_small_factors() -> None:
-    """W + sBA rounded to bfloat16 would be W."""
+    """W + sBA rounded to bfloat16 would be W, whose rows add up to nothing here."""
     x = torch.ones(4096, 64, dtype=torch.bfloat16)
-    W = torch.full((64, 64), 1.0, dtype=torch.bfloat16)
+    W = torch.tensor([1.0, -1.0], dtype=torch.bfloat16).repeat(64, 32)
     A, B = (torch.full((1, 1, 64), 2.0**-5, dtype=torch.bfloat16) for _ in range(2))
     y = heads_product(x, W, A, B, None, 1.0, None)
-    assert torch.all(y == 64.0)  # 64 + 1/16 in bfloat16
-    none = heads_product(x, torch.zeros_like(W), A, B, None, 1.0, None)
-    assert torch.all(none == 0.0625)
+    assert torch.all(y == 0.0625)
+
+
+@pytest.mark.parametrize("passing", [0, 8])
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_the_way_that_takes_the_fewest_operations(heads: int, held: bool, passing: int, monkeypatch: Any) -> None:
+    """Counted here from the products of each way; a matrix that is formed costs its passing too, in both passes."""
+    monkeypatch.setattr(product, "_passing", lambda device: passing)
+    in_place = {torch.ops.aten.baddbmm_: lambda into, X, Y, **_: 2 * X[0] * X[1] * X[2] * Y[2]}  # torch leaves it out
+    m, n, taken = 12, 10, set()
+    for rank in (1, 3, 6):
+        for rows in range(1, 70, 6):
+            given = inputs(heads, rows, rank, None, held, torch.float64)
+            given["W"].requires_grad_(False)
+            with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+                heads_product(**given, scale=0.7).sum().backward()
+            count, k = 2 * heads * rows, 2 * rank if held else rank
+            factors = 4 * count * rank * (m + n)  # their gradients, two products each
+            direct = 4 * count * k * (m + n) + factors // 2  # one of the two was in the other pass
+            formed = 4 * heads * k * m * n
+            matrix = 2 * count * m * n + 4 * heads * rank * m * n
+            ways = {"direct": direct, "formed": formed + factors, "matrix": formed + matrix}
+            way = "direct"
+            if ways["formed"] + 2 * heads * m * n * passing < direct:
+                way = "matrix" if matrix < factors else "formed"
+            assert counter.get_total_flops() == 4 * count * m * n + ways[way], (rank, rows, way)
+            taken.add(way)
+    assert taken == {"direct", "formed", "matrix"}
+
+
+@pytest.mark.parametrize("rows", [1, 200])
+def test_held_factors_under_autocast(rows: int) -> None:
+    given = inputs(2, rows, 3, "own", True, torch.float32)
+    expected = gradients(plain, given)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(heads_product, given)
+    assert found[0].dtype == torch.bfloat16
+    for exact, rounded in zip(expected, found, strict=True):
+        assert (exact - rounded).norm() < 0.02 * exact.norm()
 
 
 @pytest.mark.parametrize("rank", [2, 16, 48, 64])

@@ -58,6 +58,36 @@ def test_every_setting_has_its_limit(name: str) -> None:
                 made(name, **{setting: bad})
 
 
+#: Of each setting the values at the edge of what is allowed, and those beyond it; one list may belong to one recipe.
+EDGES: dict[str, tuple[list[Any], list[Any]]] = {
+    **dict.fromkeys(("rank", "heads", "merge_every", "first_gap", "restart_every"), ([1], [0, math.inf])),
+    **dict.fromkeys(("compensation", "rewarm", "full_rank_steps"), ([0], [-1, math.inf])),
+    **dict.fromkeys(("product_decay", "rebalance_gap", "momentum_reset_gap"), ([0], [-1, math.inf])),
+    **dict.fromkeys(("ratio", "lazy", "delta"), ([1e-9, 1 - 1e-9], [0.0, 1.0])),
+    **dict.fromkeys(("dropout", "momentum"), ([0.0, 1 - 1e-9], [-1e-9, 1.0])),
+    **dict.fromkeys(("weight_bits", "projection_bits"), ([4, None], [2, 8])),
+    "alpha": ([1e-9], [0.0, math.inf]),
+    "growth": ([1.0], [1 - 1e-9, math.inf]),
+    "svd": (["randomized", "exact"], ["other", None]),
+    "init": (["spectral", "kaiming"], ["other", None]),
+    "others": (["replicated", "shared"], ["other", None]),
+    "rounding": (["nearest", "stochastic"], ["other", None]),
+    "loqt.moments": (["rotate", "reset", "keep"], ["other", None]),
+    "factored.moments": (["rotate", "reset"], ["keep", None]),
+    **dict.fromkeys(("factored.rank", "relora.lazy"), ([None], [])),
+}
+
+
+@every_recipe
+def test_limits_end_where_they_say(name: str) -> None:
+    for setting, limit in weight_recipe_class(name).limits.items():
+        edges = [EDGES[key] for key in (setting, f"{name}.{setting}") if key in EDGES]
+        assert edges, setting
+        for allowed, refused in edges:
+            assert [value for value in allowed if not limit.holds(value)] == []
+            assert [value for value in refused if limit.holds(value)] == []
+
+
 @every_recipe
 def test_a_rank_above_a_side_is_refused_before_anything_is_changed(name: str) -> None:
     model = Narrow()
