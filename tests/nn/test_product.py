@@ -209,3 +209,11 @@ def test_layers_can_be_compiled() -> None:
             y.square().mean().backward()
             results.append([y, *(p.grad for p in model.parameters() if p.grad is not None)])
         torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("rows", [2, 900])
+def test_another_dtype_is_refused_as_by_a_dense_layer(rows: int) -> None:
+    model = nn.Sequential(nn.Linear(24, 32))
+    weight_recipe("mhlora", rank=4).apply(model)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        model(torch.ones(rows, 24, dtype=torch.bfloat16))
